@@ -1,0 +1,1 @@
+"""Environments: Minecraft-like worlds and robots. Nothing has landed here yet."""

@@ -1,0 +1,221 @@
+"""Every option as a pydantic model: name, type, default, one line of meaning.
+
+Names follow transformers and TRL where a concept exists there. The YAML loader, the help text, the JSON Schema and
+the Python API all read these classes; an option exists in exactly one place.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Settings(BaseModel):
+    """Base of all sections: unknown keys are refused and assignments are checked."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class ModelSection(Settings):
+    """Which weights, in which precision, and which parts of them train."""
+
+    model_name_or_path: str = Field("tiny-vlm", description="hub id, local folder, or tiny-* (built offline from the seed)")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: float32 on CPU and for full fine-tuning, bfloat16 for LoRA on CUDA"
+    )
+    attn_implementation: str = Field("sdpa", description="sdpa, eager or flash_attention_2")
+    trust_remote_code: bool = Field(False, description="run code that comes with the checkpoint")
+    adapter: str = Field("auto", description="modality adapter; auto follows the model type")
+    freeze: list[Literal["vision_tower", "projector", "language_model"]] = Field(
+        ["vision_tower"], description="parts that do not train under full fine-tuning"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute language-model activations to save memory")
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters (peft)."""
+
+    kind: Literal["lora"] = "lora"
+    r: int = Field(16, ge=1, description="rank")
+    lora_alpha: int = Field(32, ge=1, description="scale is lora_alpha / r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="all-linear means every linear layer of the language model, not the tower"
+    )
+    modules_to_save: list[str] | None = Field(None, description="further modules that train in full")
+
+
+class FullSettings(Settings):
+    """All weights train, except what model.freeze names."""
+
+    kind: Literal["full"] = "full"
+
+
+Peft = Annotated[LoraSettings | FullSettings, Field(discriminator="kind")]
+
+
+class MediaSection(Settings):
+    """Budgets for decoded media."""
+
+    max_pixels: int | None = Field(
+        None, ge=1, description="largest image in pixels; null: the checkpoint's limit, at most 1003520"
+    )
+    min_pixels: int | None = Field(None, ge=1, description="smallest image in pixels; null: the checkpoint's limit")
+
+
+class Source(Settings):
+    """One data source."""
+
+    path: str = Field(description="file, folder, or task:NAME")
+    format: str = Field("auto", description="auto, messages, sharegpt, prompts, or another reader's name")
+    split: str | None = Field(None, description="split of a task or data set")
+    weight: float = Field(1.0, ge=0, description="share of the draws relative to the other sources")
+    limit: int | None = Field(None, ge=1, description="use only the first rows")
+    media_root: str | None = Field(None, description="folder that relative media paths start from")
+    columns: dict[str, str] = Field({}, description="our column name: the file's column name")
+    system: str | None = Field(None, description="system message put before rows that have none")
+    name: str | None = Field(None, description="name in logs; default: the file's stem")
+
+
+class DataSection(Settings):
+    """What to train on and what to do with rows that do not fit."""
+
+    train: list[Source] = Field([], description="training sources; a plain path is accepted")
+    max_length: int = Field(4096, ge=8, description="longest row in tokens, media included")
+    on_long: Literal["error", "drop"] = Field("error", description="rows longer than max_length; media are never cut")
+    on_bad_row: Literal["error", "skip", "quarantine"] = Field(
+        "error", description="faulty rows: stop, leave out, or leave out and write to bad_rows.jsonl"
+    )
+    max_bad_share: float = Field(0.05, ge=0, le=1, description="more faulty rows than this stop the run")
+    verify: Literal["auto", "none", "exists", "decode"] = Field(
+        "auto", description="media check before training; auto decodes up to 1000 files, else looks that they exist"
+    )
+    workers: int = Field(0, ge=0, description="processes that decode and tokenise ahead; 0 = in the training process")
+    columns: dict[str, str] = Field({}, description="column names for every source; see Source.columns")
+    media: MediaSection = Field(default_factory=MediaSection)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paths_are_sources(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("train"), str):
+            value = {**value, "train": [value["train"]]}
+        if isinstance(value, dict) and isinstance(value.get("train"), list):
+            items = [{"path": item} if isinstance(item, str) else item for item in value["train"]]
+            value = {**value, "train": items}
+        return value
+
+
+class TrainSection(Settings):
+    """Steps, optimiser, schedule, and what is written when."""
+
+    output_dir: str | None = Field(None, description="run folder; default runs/COMMAND-DATE-TIME")
+    overwrite: bool = Field(False, description="delete an earlier run in output_dir instead of continuing or refusing")
+    max_steps: int | None = Field(None, ge=1, description="optimiser steps; overrides num_train_epochs")
+    num_train_epochs: float = Field(1.0, gt=0, description="passes over the data")
+    batch_size: int | None = Field(
+        None, ge=1, description="rows per optimiser step over all processes; results then do not depend on their number"
+    )
+    per_device_train_batch_size: int = Field(8, ge=1, description="rows per forward pass on one device")
+    gradient_accumulation_steps: int | None = Field(
+        None, ge=1, description="forward passes per optimiser step; derived when batch_size is given"
+    )
+    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
+    warmup_steps: float = Field(0.03, ge=0, description="steps of linear warm-up; below 1 a share of all steps")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW first moment")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW second moment")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient norm; 0 = never")
+    bf16: bool | Literal["auto"] = Field("auto", description="bfloat16 autocast; auto: on CUDA")
+    seed: int = Field(42, ge=0, description="seed of everything random")
+    logging_steps: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    save_steps: int = Field(500, ge=1, description="steps between checkpoints")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
+    sample_steps: int = Field(50, ge=1, description="steps between written samples")
+    loss_on: Literal["assistant", "last_assistant"] = Field("assistant", description="turns that train in SFT")
+
+
+class KlSettings(Settings):
+    """Penalty for leaving the reference model (the starting weights)."""
+
+    beta: float = Field(0.0, ge=0, description="weight of the penalty; 0 loads no reference")
+    kl: Literal["k2", "k3", "rho_k3"] = Field(
+        "k2", description="estimator whose gradient is used: k2 and rho_k3 reverse KL, k3 as in the GRPO paper"
+    )
+
+
+class LossSection(Settings):
+    """The four parts of the estimator; null takes the preset's choice."""
+
+    preset: str | None = Field(None, description="name in mmpost.algos; default: the command's own")
+    aggregate: Literal["token", "seq_mean", "const", "seq_sum"] | None = Field(
+        None, description="what the sum over positions is divided by"
+    )
+    denominator: Literal["self", "old"] | None = Field(None, description="reference measure of the policy ratio")
+    stabilise: list[Literal["clip"]] | None = Field(None, description="masks and weights against large steps")
+    epsilon: float | None = Field(None, ge=0, description="clip below 1 - epsilon")
+    epsilon_high: float | None = Field(None, ge=0, description="clip above 1 + epsilon_high; null: epsilon")
+    advantage: Literal["ones", "group", "group_nostd"] | None = Field(None, description="how rewards become credit")
+    kl: KlSettings = Field(default_factory=KlSettings)
+
+
+class GrpoSection(Settings):
+    """Rollouts: how many, how long, how random."""
+
+    num_generations: int = Field(8, ge=2, description="completions per prompt")
+    prompts_per_step: int = Field(16, ge=1, description="prompts per rollout batch, over all processes")
+    max_completion_length: int = Field(1024, ge=1, description="new tokens at most")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature; training uses the same")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")
+    num_iterations: int = Field(1, ge=1, description="passes over one rollout batch")
+    mini_batches: int = Field(1, ge=1, description="optimiser steps per pass over one rollout batch")
+    mask_truncated_completions: bool = Field(False, description="completions cut by length do not train")
+    rollout_batch_size: int = Field(256, ge=1, description="completions decoded together on one device")
+    shuffle_rewards: bool = Field(False, description="control experiment: permute rewards inside each group")
+
+
+class RewardSpec(Settings):
+    """One reward function."""
+
+    name: str = Field(description="name in mmpost.rewards or file.py:function")
+    weight: float = Field(1.0, description="factor in the weighted sum")
+    args: dict[str, Any] = Field({}, description="keyword arguments of the function")
+    on_error: Literal["raise", "null"] = Field("raise", description="null: the score does not apply, and is counted")
+    timeout: float = Field(60.0, gt=0, description="seconds for one call over a step's completions")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_is_enough(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class EvalSection(Settings):
+    """Held-out evaluation during training."""
+
+    tasks: list[str] = Field([], description="tasks evaluated every eval_steps and at the end")
+    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; null: only at the end")
+    limit: int | None = Field(None, ge=1, description="rows per task")
+    batch_size: int = Field(64, ge=1, description="prompts decoded together")
+    max_new_tokens: int = Field(64, ge=1, description="new tokens at most")
+
+
+class LogSection(Settings):
+    """What is shown and kept."""
+
+    run_name: str | None = Field(None, description="title of the report; default: the folder's name")
+    samples: int = Field(8, ge=0, description="samples written every sample_steps")
+    progress: Literal["auto", "live", "lines", "none"] = Field("auto", description="auto: live on a terminal")
+
+
+class RunConfig(Settings):
+    """Sections shared by every training command."""
+
+    model: ModelSection = Field(default_factory=ModelSection)
+    peft: Peft = Field(default_factory=FullSettings)
+    data: DataSection = Field(default_factory=DataSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    loss: LossSection = Field(default_factory=LossSection)
+    eval: EvalSection = Field(default_factory=EvalSection)
+    log: LogSection = Field(default_factory=LogSection)

@@ -1,0 +1,1 @@
+"""What a row says, what a policy did, who owns which random stream, and what went wrong. No torch here."""

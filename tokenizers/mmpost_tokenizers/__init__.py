@@ -1,0 +1,1 @@
+"""Image tokenizers. Nothing has landed here yet."""
