@@ -1,0 +1,9 @@
+"""Sample to model inputs: how many tokens, which positions train. One file per model family."""
+
+# transformers' ``config.model_type`` to the class that handles it.
+ADAPTERS = {
+    "qwen2_vl": "mmpost.adapters.qwen_vl:QwenVLAdapter",
+    "qwen2_5_vl": "mmpost.adapters.qwen_vl:QwenVLAdapter",
+    "qwen3_vl": "mmpost.adapters.qwen_vl:QwenVLAdapter",
+    "smolvlm": "mmpost.adapters.smolvlm:SmolVLMAdapter",
+}

@@ -1,0 +1,269 @@
+"""What all adapters share: rendering, loss spans, the count check, and padding.
+
+A conversation is cut at the borders of the assistant turns that train. Each piece is tokenised by itself: text pieces
+by the tokenizer, pieces with media by the model's own processor, and the ids are joined. The training ids are thus
+what a rollout would have produced (prompt, then answer), and the loss span needs no support from the chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmpost.config.schema import MediaSection
+from mmpost.core.batch import Batch, Encoded
+from mmpost.core.errors import MmpostError
+from mmpost.core.sample import Sample, Turn
+from mmpost.media import image as image_media
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of the rendered conversation that trains as a whole or not at all."""
+
+    text: str
+    num_images: int
+    train: bool
+
+
+class VisionAdapter:
+    """Images and text through a Hugging Face processor.
+
+    Subclasses say how media tensors are joined, which positions tokens get, and how many tokens an image takes.
+
+    Attributes:
+        processor: The checkpoint's processor.
+        pad_token_id: Id that fills padding.
+        stop_token_ids: Ids that end a completion.
+        media_token_ids: Ids that stand for media and must never be sampled.
+    """
+
+    position_axes = 1
+
+    def __init__(self, processor: Any, config: Any, *, media: MediaSection, max_length: int = 1 << 30) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.config = config
+        self.max_length = max_length
+        self.image_token_id: int = config.image_token_id
+        pad = self.tokenizer.pad_token_id
+        self.stop_token_ids = self._stop_ids()
+        self.pad_token_id: int = pad if pad is not None else self.stop_token_ids[0]
+        self.media_token_ids = self._media_ids()
+        self.apply_pixel_budget(media)
+
+    # -- what a family defines -----------------------------------------------------------------------------------
+
+    def apply_pixel_budget(self, media: MediaSection) -> None:
+        """Set the processor's size limits."""
+        raise NotImplementedError
+
+    def image_lengths(self, media: dict[str, Tensor]) -> list[int]:
+        """Number of features that the encoder makes of each image of a row."""
+        raise NotImplementedError
+
+    def positions(self, ids: Tensor, media: dict[str, Tensor]) -> Tensor:
+        """Position ids ``[A, T]`` of a row; plain counting unless the family has its own scheme."""
+        return torch.arange(ids.numel())[None]
+
+    def join_media(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Media tensors of several rows as the model's arguments, in row order."""
+        names = dict.fromkeys(name for row in rows for name in row)
+        return {name: torch.cat([row[name] for row in rows if name in row]) for name in names}
+
+    # -- encoding ------------------------------------------------------------------------------------------------
+
+    def encode(self, sample: Sample, *, loss_on: str = "assistant") -> Encoded:
+        """Token ids, loss mask, positions and media of a conversation that ends with the assistant.
+
+        Args:
+            sample: The row.
+            loss_on: ``assistant`` trains all assistant turns (except those marked ``train=False``),
+                ``last_assistant`` the final one.
+
+        Raises:
+            MmpostError: MMP-D014 when the row is too long, MMP-D015 when placeholders and features disagree,
+                MMP-D031 when the chat template rewrites earlier turns, or a decoding error of the media.
+        """
+        return self._encode_pieces(sample, self._pieces(sample, loss_on))
+
+    def encode_prompt(self, sample: Sample) -> Encoded:
+        """The same for a prompt that the policy continues; nothing in it trains."""
+        text = self._render(sample.turns, generate=True)
+        return self._encode_pieces(sample, [Piece(text, len(sample.media("image")), False)])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a completion without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _render(self, turns: Sequence[Turn], *, generate: bool) -> str:
+        messages = [
+            {
+                "role": turn.role,
+                "content": [
+                    {"type": "text", "text": part.text} if part.kind == "text" else {"type": part.kind}
+                    for part in turn.parts
+                ],
+            }
+            for turn in turns
+        ]
+        if all(part["type"] == "text" for message in messages for part in message["content"]):
+            # Text-only rows as plain strings: some templates print nothing for a list of text parts.
+            messages = [
+                {**message, "content": "".join(part["text"] for part in message["content"])} for message in messages
+            ]
+        return str(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
+
+    def _pieces(self, sample: Sample, loss_on: str) -> list[Piece]:
+        """Cut the rendered conversation at the borders of the turns that train."""
+        turns = sample.turns
+        last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
+        chosen = [
+            i
+            for i, turn in enumerate(turns)
+            if turn.role == "assistant" and turn.train and (loss_on == "assistant" or i == last)
+        ]
+        whole = self._render(turns, generate=False)
+        pieces: list[Piece] = []
+        cut, images_cut = 0, 0
+        for index in chosen:
+            before = self._render(turns[:index], generate=True)
+            after = self._render(turns[: index + 1], generate=False)
+            if not (whole.startswith(before) and after.startswith(before) and whole.startswith(after.rstrip())):
+                raise MmpostError(
+                    "MMP-D031",
+                    f"{sample.origin}: the chat template rewrites turn {index + 1} when the conversation goes on.",
+                    "Set train.loss_on=last_assistant, or use a template that keeps earlier turns as they are.",
+                )
+            end = len(before) + self._answer_length(after[len(before) :], turns[index].text)
+            images = sum(len([p for p in turn.parts if p.kind == "image"]) for turn in turns[:index])
+            pieces.append(Piece(whole[cut : len(before)], images - images_cut, False))
+            pieces.append(Piece(whole[len(before) : end], 0, True))
+            cut, images_cut = end, images
+        if cut < len(whole) and chosen and chosen[-1] != len(turns) - 1:
+            pieces.append(Piece(whole[cut:], len(sample.media("image")) - images_cut, False))
+        return pieces or [Piece(whole, len(sample.media("image")), False)]
+
+    def _answer_length(self, rendered: str, text: str) -> int:
+        """Characters of a rendered assistant turn that train: the text and the end-of-turn token behind it."""
+        body = rendered.find(text)
+        start = (body if body >= 0 else 0) + len(text)
+        ends = [
+            rendered.find(token, start) + len(token)
+            for token in map(self.tokenizer.convert_ids_to_tokens, self.stop_token_ids)
+            if rendered.find(token, start) >= 0
+        ]
+        return min(ends) if ends else len(rendered.rstrip())
+
+    def _encode_pieces(self, sample: Sample, pieces: Sequence[Piece]) -> Encoded:
+        images = [
+            image_media.load(part.ref, origin=sample.origin) for part in sample.media("image") if part.ref is not None
+        ]
+        ids: list[Tensor] = []
+        train: list[Tensor] = []
+        media: list[dict[str, Tensor]] = []
+        used = 0
+        for piece in pieces:
+            if not piece.text:
+                continue
+            piece_ids, piece_media = self._tokenize(piece, images[used : used + piece.num_images])
+            used += piece.num_images
+            ids.append(piece_ids)
+            train.append(torch.full((piece_ids.numel(),), piece.train))
+            if piece_media:
+                media.append(piece_media)
+        joined = torch.cat(ids)
+        tensors = self.join_media(media) if media else {}
+        self._check(sample, joined, tensors)
+        return Encoded(joined, torch.cat(train), self.positions(joined, tensors), tensors, sample.origin)
+
+    def _tokenize(self, piece: Piece, images: list[Image.Image]) -> tuple[Tensor, dict[str, Tensor]]:
+        if not images:
+            ids = self.tokenizer(piece.text, add_special_tokens=False)["input_ids"]
+            return torch.tensor(ids, dtype=torch.long), {}
+        out = self.processor(text=[piece.text], images=self.nest(images), add_special_tokens=False, return_tensors="pt")
+        media = {
+            name: value
+            for name, value in out.items()
+            if name not in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+        }
+        return out["input_ids"][0], media
+
+    def nest(self, images: list[Image.Image]) -> list[Any]:
+        """Images of one row in the shape that the processor wants."""
+        return list(images)
+
+    # -- checks --------------------------------------------------------------------------------------------------
+
+    def _check(self, sample: Sample, ids: Tensor, media: dict[str, Tensor]) -> None:
+        """Placeholders equal features, and the row fits. Media are never cut."""
+        placeholders = int((ids == self.image_token_id).sum())
+        features = sum(self.image_lengths(media)) if media else 0
+        if placeholders != features:
+            raise MmpostError(
+                "MMP-D015",
+                f"{sample.origin}: processor produced {placeholders} image placeholders but the encoder {features} "
+                f"features (model {self.config.model_type}); this row would fail in forward.",
+                "Remove literal image tokens from the text, or check that processor and weights belong together.",
+            )
+        total = ids.numel()
+        if total > self.max_length:
+            raise MmpostError(
+                "MMP-D014",
+                f"{sample.origin}: {total} tokens (text {total - placeholders}, image {placeholders}, video 0, audio 0) "
+                f"exceed data.max_length {self.max_length}. Media spans are never cut.",
+                f"Options: data.max_length={-(-total // 64) * 64}, data.media.max_pixels, or data.on_long=drop",
+            )
+
+    def _stop_ids(self) -> tuple[int, ...]:
+        """End tokens of the tokenizer and the checkpoint's generation settings."""
+        found = [self.tokenizer.eos_token_id]
+        for source in (self.config, getattr(self.config, "text_config", None)):
+            value = getattr(source, "eos_token_id", None)
+            found.extend(value if isinstance(value, list | tuple) else [value])
+        return tuple(dict.fromkeys(token for token in found if token is not None))
+
+    def _media_ids(self) -> tuple[int, ...]:
+        names = ("image_token_id", "video_token_id", "audio_token_id", "vision_start_token_id", "vision_end_token_id")
+        ids = [getattr(self.config, name, None) for name in names]
+        return tuple(dict.fromkeys(token for token in ids if isinstance(token, int)))
+
+    # -- batches -------------------------------------------------------------------------------------------------
+
+    def collate(self, rows: Sequence[Encoded], *, left: bool = False) -> Batch:
+        """Pad rows into a batch and list its trained positions.
+
+        Args:
+            rows: Encoded rows.
+            left: Pad on the left, as generation needs.
+        """
+        length = max(len(row) for row in rows)
+        ids = torch.full((len(rows), length), self.pad_token_id)
+        attend = torch.zeros(len(rows), length, dtype=torch.long)
+        positions = torch.zeros(self.position_axes, len(rows), length, dtype=torch.long)
+        row_index, at, target = [], [], []
+        for i, row in enumerate(rows):
+            start = length - len(row) if left else 0
+            span = slice(start, start + len(row))
+            ids[i, span], attend[i, span], positions[:, i, span] = row.ids, 1, row.positions
+            trained = row.train.nonzero()[:, 0]
+            row_index.append(torch.full_like(trained, i))
+            at.append(trained + start - 1)
+            target.append(row.ids[trained])
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": attend,
+            "position_ids": positions if self.position_axes > 1 else positions[0],
+            **self.join_media([row.media for row in rows if row.media]),
+        }
+        return Batch(inputs, torch.cat(row_index), torch.cat(at), torch.cat(target), len(rows))
+
+    def save(self, folder: Path) -> None:
+        """Write processor, tokenizer and chat template."""
+        self.processor.save_pretrained(folder)

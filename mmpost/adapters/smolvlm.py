@@ -1,0 +1,58 @@
+"""SmolVLM: fixed-size tiles, one block of features per tile, ordinary positions.
+
+Source: SmolVLM (arXiv 2504.05299) and transformers' SmolVLM processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmpost.adapters.base import VisionAdapter
+from mmpost.config.schema import MediaSection
+
+
+class SmolVLMAdapter(VisionAdapter):
+    """Tiles ``pixel_values [B, tiles, 3, H, W]`` with ``pixel_attention_mask [B, tiles, H, W]``.
+
+    Rows with fewer tiles are filled with tiles of zeros, which the model recognises and drops.
+    """
+
+    def apply_pixel_budget(self, media: MediaSection) -> None:
+        """The processor limits the longest edge; a pixel budget becomes the edge of a square of that area."""
+        if media.max_pixels is not None:
+            size = dict(self.processor.image_processor.size)
+            size["longest_edge"] = min(size["longest_edge"], int(media.max_pixels**0.5))
+            self.processor.image_processor.size = size
+
+    def nest(self, images: list[Image.Image]) -> list[Any]:
+        """A list of images for each row."""
+        return [images]
+
+    def image_lengths(self, media: dict[str, Tensor]) -> list[int]:
+        """``image_seq_len`` features per tile."""
+        vision = self.config.vision_config
+        per_tile = int((vision.image_size // vision.patch_size) ** 2 / self.config.scale_factor**2)
+        real = media["pixel_values"].flatten(0, 1).flatten(1).ne(0).any(1)
+        return [per_tile] * int(real.sum())
+
+    def join_media(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Stack rows, filling up to the largest number of tiles.
+
+        Pieces of one row arrive here too; they then sit in separate entries, which is the same order of tiles.
+        """
+        if not rows:
+            return {}
+        names = [name for name in ("pixel_values", "pixel_attention_mask") if name in rows[0]]
+        tiles = max(row["pixel_values"].shape[1] for row in rows)
+        return {name: torch.cat([_fill(row[name], tiles) for row in rows]) for name in names}
+
+
+def _fill(tensor: Tensor, tiles: int) -> Tensor:
+    """Append zero tiles on axis 1."""
+    missing = tiles - tensor.shape[1]
+    return tensor if missing == 0 else torch.cat([tensor, tensor.new_zeros(len(tensor), missing, *tensor.shape[2:])], 1)

@@ -1,0 +1,47 @@
+"""What each plug point promises. Types only; nothing heavy is imported when this module runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mmpost.core.sample import Sample
+
+if TYPE_CHECKING:
+    from mmpost.core.batch import Batch, Encoded
+
+
+class RewardFunction(Protocol):
+    """TRL's signature: lists over all completions, and every column of the data by name.
+
+    ``prompts`` and ``completions`` are message lists. Returns one score per completion; None means that the
+    reward does not apply to it, which is left out of means and never read as 0.
+    """
+
+    def __call__(
+        self, prompts: list[Any], completions: list[Any], **columns: list[Any]
+    ) -> list[float | None]: ...
+
+
+class Adapter(Protocol):
+    """Turns samples into model inputs. Only adapters know about pixels and chat templates."""
+
+    pad_token_id: int
+    stop_token_ids: tuple[int, ...]
+    media_token_ids: tuple[int, ...]
+
+    def encode(self, sample: Sample, *, loss_on: str) -> Encoded:
+        """Token ids, loss mask and media of a whole conversation."""
+        ...
+
+    def encode_prompt(self, sample: Sample) -> Encoded:
+        """The same for a conversation that the policy continues."""
+        ...
+
+    def collate(self, rows: Sequence[Encoded], *, left: bool = False) -> Batch:
+        """Pad rows into a batch, on the left for generation."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a completion without special tokens."""
+        ...

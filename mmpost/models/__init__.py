@@ -1,0 +1,1 @@
+"""Weights by name, and what a policy computes with them."""

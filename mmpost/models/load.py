@@ -1,0 +1,212 @@
+"""Weights, processor and adapter by name: a hub id, a local folder, or ``tiny-*`` built offline."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from mmpost.adapters import ADAPTERS
+from mmpost.config.schema import FullSettings, LoraSettings, MediaSection, ModelSection
+from mmpost.core.catalog import Catalog
+from mmpost.core.errors import MmpostError
+from mmpost.models import tiny
+from mmpost.models.policy import Policy
+
+# Module-name prefixes of each part, over all supported families.
+PARTS = {
+    "vision_tower": ("visual", "vision_model", "vision_tower"),
+    "projector": ("visual.merger", "visual.deepstack_merger_list", "connector", "multi_modal_projector"),
+    "language_model": ("language_model", "text_model", "lm_head"),
+}
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """Everything that belongs to one checkpoint.
+
+    Attributes:
+        policy: The weights.
+        adapter: Turns samples into inputs of these weights.
+        name: What the user asked for.
+        base: Folder or hub id of the full weights under a LoRA adapter, else the checkpoint itself.
+    """
+
+    policy: Policy
+    adapter: Any
+    name: str
+    base: str
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that plain transformers opens (weights or adapter, processor, tokenizer)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.policy.model.save_pretrained(folder, safe_serialization=True)
+        self.adapter.save(folder)
+        note = {"format": 1, "model_type": self.adapter.config.model_type, "base": self.base}
+        (folder / "mmpost.json").write_text(json.dumps(note, indent=2) + "\n")
+
+
+def tiny_cache() -> Path:
+    """Folder in which ``tiny-*`` models are kept between runs."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmpost" / "tiny"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        root = Path(tempfile.gettempdir()) / "mmpost" / "tiny"
+        root.mkdir(parents=True, exist_ok=True)
+    return root
+
+
+def load(
+    section: ModelSection,
+    *,
+    peft: LoraSettings | FullSettings | None,
+    media: MediaSection | None = None,
+    max_length: int = 1 << 30,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> LoadedModel:
+    """Open a checkpoint for training or evaluation.
+
+    Args:
+        section: Name, dtype, what to freeze.
+        peft: None to load as saved, for evaluation.
+        media: Pixel budget.
+        max_length: Longest row in tokens.
+        seed: Seed of ``tiny-*`` weights and of new LoRA weights.
+        device: Where to put the weights; default CUDA if there is one.
+
+    Raises:
+        MmpostError: MMP-E030 when the checkpoint cannot be opened, MMP-C006 for an unsupported model type.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = section.model_name_or_path
+    path = _resolve(name, seed)
+    adapter_folder = path if (Path(path) / "adapter_config.json").is_file() else None
+    base = json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"] if adapter_folder else path
+    options: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    config = _open(AutoConfig, base, name, **options)
+    adapter_class = Catalog("adapters", ADAPTERS).get(
+        config.model_type if section.adapter == "auto" else section.adapter
+    )
+    processor = _open(AutoProcessor, path if adapter_folder else base, name, **options)
+    dtype = _dtype(section.dtype, device, peft)
+    model = _open(
+        AutoModelForImageTextToText, base, name, dtype=dtype, attn_implementation=section.attn_implementation, **options
+    )
+    if adapter_folder:
+        model = PeftModel.from_pretrained(model, adapter_folder, is_trainable=peft is not None)
+    elif peft is not None:
+        model = _prepare(model, section, peft, seed)
+    if peft is None:
+        model.requires_grad_(False)
+    elif section.gradient_checkpointing:
+        _checkpoint_language_model(model)
+    adapter = adapter_class(processor, config, media=media or MediaSection(), max_length=max_length)
+    policy = Policy(model.to(device)).eval()
+    return LoadedModel(policy, adapter, name, base)
+
+
+def _resolve(name: str, seed: int) -> str:
+    """Folder of a ``tiny-*`` model, which is built when it is not there yet; any other name unchanged."""
+    if not name.startswith("tiny-") or Path(name).exists():
+        return name
+    family, size = tiny.tiny_name(name)
+    folder = tiny_cache() / f"{family}-{size}-{seed}-{tiny.VERSION}"
+    if not (folder / "config.json").is_file():
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            built = tiny.build(family, Path(scratch) / "model", seed=seed, size=size)
+            try:
+                built.rename(folder)
+            except OSError:
+                # Another process built the same model first; both are identical.
+                if not (folder / "config.json").is_file():
+                    raise
+    return str(folder)
+
+
+def _open(kind: Any, path: str, name: str, **options: Any) -> Any:
+    """``from_pretrained`` with one clear error."""
+    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise MmpostError("MMP-E030", f"no model folder '{path}'.", "Check model.model_name_or_path.")
+    try:
+        return kind.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise MmpostError(
+            "MMP-E030",
+            f"cannot open model '{name}': {first}",
+            "Give a hub id, a folder written by save_pretrained, or a tiny-* name.",
+        ) from error
+
+
+def _dtype(wanted: str, device: torch.device, peft: LoraSettings | FullSettings | None) -> torch.dtype:
+    if wanted != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+    full = isinstance(peft, FullSettings)
+    # Full fine-tuning keeps float32 master weights and computes under autocast.
+    return torch.bfloat16 if device.type == "cuda" and not full else torch.float32
+
+
+def _prepare(model: Any, section: ModelSection, peft: LoraSettings | FullSettings, seed: int) -> Any:
+    """Freeze parts for full fine-tuning, or add LoRA to the language model."""
+    if isinstance(peft, LoraSettings):
+        targets = _language_linears(model) if peft.target_modules == "all-linear" else peft.target_modules
+        # LoRA draws its A matrices from torch's global stream.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return get_peft_model(
+                model,
+                LoraConfig(
+                    r=peft.r,
+                    lora_alpha=peft.lora_alpha,
+                    lora_dropout=peft.lora_dropout,
+                    target_modules=targets,
+                    modules_to_save=peft.modules_to_save,
+                    task_type="CAUSAL_LM",
+                ),
+            )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) not in section.freeze)
+    return model
+
+
+def part_of(parameter: str) -> str:
+    """Which part of the model a parameter belongs to; the projector is asked before the tower that may hold it."""
+    name = parameter.removeprefix("model.")
+    for part in ("projector", "vision_tower", "language_model"):
+        if name.startswith(PARTS[part]):
+            return part
+    return "language_model"
+
+
+def _language_linears(model: Any) -> list[str]:
+    """Full names of the linear layers of the language model, the head left out."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and part_of(name) == "language_model" and "lm_head" not in name
+    ]
+
+
+def _checkpoint_language_model(model: Any) -> None:
+    """Recompute decoder layers only.
+
+    transformers' model-wide switch also puts require-grad hooks on the vision tower's embedding, so that a frozen
+    tower would be recomputed and back-propagated.
+    """
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    language = getattr(inner.base_model, "language_model", None) or inner.base_model.text_model
+    for module in language.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = True
+            module._gradient_checkpointing_func = lambda function, *args, **kwargs: torch.utils.checkpoint.checkpoint(
+                function, *args, use_reentrant=False, **kwargs
+            )

@@ -1,0 +1,261 @@
+"""Visual questions over real pictures, with answers that a program can check.
+
+One to three pictures of one domain stand side by side (one ``tile_px`` square each, grey PNG). Five kinds of question:
+
+========  =======  ====================================================  ============  ========
+kind      domain   question                                              answers       chance
+========  =======  ====================================================  ============  ========
+read      digits   Which digit is this / on the left / right / in the    0 to 9        10 %
+                   middle?
+larger    digits   Which digit is larger? (two different digits)         1 to 9        11 %
+sum       digits   What is the sum of the two digits?                    0 to 18       5.3 %
+name      clothes  Which piece of clothing is this? (A) bag (B) coat ..  A to D        25 %
+count     clothes  How many pieces are shoes? (three pieces)             0 to 3        25 %
+========  =======  ====================================================  ============  ========
+
+MEASURED
+
+The answer of a row is dealt from shuffled blocks that hold every answer of its kind once (``name``: every class at
+every letter), so that no prefix of a split favours an answer. Everything else is drawn by row number. A question that
+repeats an earlier one of the split, in words and pictures, is drawn again.
+
+``heldout`` and ``unlabelled`` are always the same rows; ``seed`` recomposes ``train`` only. Rows of ``unlabelled`` carry
+their answer too, to measure label-free training against it; train on them through ``Sample.prompt``. Pictures never
+cross splits, see ``mmpost_tasks.tiles``. Draws use ``mmpost.core.seeding.uniform``, whose arithmetic cannot change with
+a library; the bytes of a PNG may differ between builds of zlib, its pixels do not.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+
+from mmpost.core.sample import Part, Sample, Turn
+from mmpost.core.seeding import uniform
+from mmpost_tasks import tiles
+from mmpost_tasks.task import Task
+
+ROWS = {"train": 6000, "unlabelled": 2000, "heldout": 1000}
+SHOES = ("sandal", "sneaker", "ankle boot")
+LETTERS = ("A", "B", "C", "D")
+ANSWER = "Answer as <answer>...</answer>."
+ANSWER_LETTER = "Answer with the letter as <answer>...</answer>."
+
+_PLACES = {1: ("",), 2: ("on the left", "on the right"), 3: ("on the left", "in the middle", "on the right")}
+_DRAWS_PER_ROW = 24
+Item = TypeVar("Item")
+
+
+class Draws:
+    """Random choices of one row, as a fixed function of (seed, split, row, attempt)."""
+
+    def __init__(self, seed: int, split: str, row: int, attempt: int) -> None:
+        purpose = f"demo_vqa/{split}"
+        self._uniforms = iter(uniform(seed, purpose, row, attempt, np.arange(_DRAWS_PER_ROW)).tolist())
+
+    def below(self, n: int) -> int:
+        """Integer in ``0 .. n - 1``."""
+        return int(next(self._uniforms) * n)
+
+    def one(self, items: Sequence[Item]) -> Item:
+        """One of the items."""
+        return items[self.below(len(items))]
+
+    def some(self, items: Sequence[Item], count: int) -> list[Item]:
+        """``count`` different items in random order."""
+        rest = list(items)
+        return [rest.pop(self.below(len(rest))) for _ in range(count)]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question before its pictures are drawn.
+
+    Attributes:
+        labels: What the pictures show, left to right.
+        text: The words.
+        solution: The right answer.
+        choices: Options in order, for multiple choice.
+    """
+
+    labels: tuple[str, ...]
+    text: str
+    solution: str
+    choices: tuple[str, ...] | None = None
+
+
+def _read(target: str, draws: Draws) -> Question:
+    labels = [draws.one(tiles.DIGITS) for _ in range(1 + draws.below(3))]
+    position = draws.below(len(labels))
+    labels[position] = target
+    place = _PLACES[len(labels)][position]
+    if place:
+        text = draws.one(("Which digit is {}?", "What digit do you see {}?", "Read the digit {}.")).format(
+            place
+        )
+    else:
+        text = draws.one(("Which digit is this?", "What digit do you see?", "Read the digit."))
+    return Question(tuple(labels), f"{text} {ANSWER}", target)
+
+
+def _larger(target: str, draws: Draws) -> Question:
+    pair = draws.some((target, str(draws.below(int(target)))), 2)
+    words = ("Which digit is larger?", "What is the larger digit?", "Name the bigger digit.")
+    return Question(tuple(pair), f"{draws.one(words)} {ANSWER}", target)
+
+
+def _sum(target: str, draws: Draws) -> Question:
+    total = int(target)
+    left = draws.one(range(max(0, total - 9), min(9, total) + 1))
+    words = ("What is the sum of the two digits?", "Add the two digits.", "What do the two digits add up to?")
+    return Question((str(left), str(total - left)), f"{draws.one(words)} {ANSWER}", target)
+
+
+def _name(target: str, draws: Draws) -> Question:
+    letter, label = target.split(" ", 1)
+    choices = draws.some([other for other in tiles.CLOTHES if other != label], 3)
+    choices.insert(LETTERS.index(letter), label)
+    words = ("Which piece of clothing is this?", "What does the picture show?", "What is this?")
+    options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=True))
+    return Question((label,), f"{draws.one(words)} {options} {ANSWER_LETTER}", letter, tuple(choices))
+
+
+def _count(target: str, draws: Draws) -> Question:
+    others = [label for label in tiles.CLOTHES if label not in SHOES]
+    labels = [draws.one(SHOES if piece < int(target) else others) for piece in range(3)]
+    words = ("How many pieces are shoes?", "How many of the pieces are shoes?", "Count the shoes.")
+    return Question(tuple(draws.some(labels, 3)), f"{draws.one(words)} {ANSWER}", target)
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionKind:
+    """One kind of question.
+
+    Attributes:
+        name: Value of the column ``kind``.
+        domain: Where its pictures come from.
+        targets: What ``compose`` may be asked for, equally often.
+        compose: Makes a question with that answer.
+    """
+
+    name: str
+    domain: str
+    targets: tuple[str, ...]
+    compose: Callable[[str, Draws], Question]
+
+
+KINDS = (
+    QuestionKind("read", "digits", tiles.DIGITS, _read),
+    QuestionKind("name", "clothes", tuple(f"{a} {b}" for a in LETTERS for b in tiles.CLOTHES), _name),
+    QuestionKind("larger", "digits", tiles.DIGITS[1:], _larger),
+    QuestionKind("count", "clothes", ("0", "1", "2", "3"), _count),
+    QuestionKind("sum", "digits", tuple(str(n) for n in range(19)), _sum),
+)
+
+
+def load(split: str, *, limit: int | None = None, seed: int = 0, tile_px: int = 28) -> list[Sample]:
+    """Questions of one split; see ``Load`` for the arguments.
+
+    Args:
+        split: ``train``, ``unlabelled`` or ``heldout``.
+        limit: Rows from the start; None gives 6,000, 2,000 or 1,000. Kinds take turns, so any prefix is balanced.
+        seed: Composition of ``train``; ignored by the other splits.
+        tile_px: Side of one picture. Images are ``tile_px`` high and 1 to 3 times as wide.
+
+    Raises:
+        MmpostError: MMP-C006 for an unknown split.
+    """
+    tiles.known(split, tuple(ROWS), "splits of demo_vqa")
+    count = ROWS[split] if limit is None else limit
+    fixed_seed = seed if split == "train" else 0
+    return list(_rows(split, count, fixed_seed, tile_px))
+
+
+def _rows(split: str, count: int, seed: int, tile_px: int) -> Iterator[Sample]:
+    seen: set[tuple[str, tuple[str, ...]]] = set()
+    for row in range(count):
+        turn, number = divmod(row, len(KINDS))
+        kind = KINDS[number]
+        target = _target(kind, split, seed, turn)
+        attempt = 0
+        while True:
+            draws = Draws(seed, split, row, attempt)
+            question = kind.compose(target, draws)
+            pictures, ids = _pictures(question, tiles.scaled(kind.domain, split, tile_px), draws)
+            if (question.text, ids) not in seen:
+                break
+            attempt += 1
+        seen.add((question.text, ids))
+        yield _sample(
+            f"{split}-{seed}-{row + 1}", f"task:demo_vqa/{split}:{row + 1}", kind, question, pictures, ids
+        )
+
+
+def _target(kind: QuestionKind, split: str, seed: int, turn: int) -> str:
+    """What question number ``turn`` of a kind asks for: blocks of all targets, each block in its own order."""
+    block, place = divmod(turn, len(kind.targets))
+    return kind.targets[_block_order(kind.name, len(kind.targets), split, seed, block)[place]]
+
+
+@cache
+def _block_order(kind_name: str, size: int, split: str, seed: int, block: int) -> tuple[int, ...]:
+    keys = uniform(seed, f"demo_vqa/{split}/{kind_name}", block, np.arange(size))
+    return tuple(np.argsort(keys, kind="stable").tolist())
+
+
+def _pictures(
+    question: Question, by_label: dict[str, tiles.Tiles], draws: Draws
+) -> tuple[list[np.ndarray], tuple[str, ...]]:
+    """A picture for every label, uint8 ``[side, side]`` each, and where they come from."""
+    chosen = [(by_label[label], draws.below(len(by_label[label].ids))) for label in question.labels]
+    return [source.pixels[i] for source, i in chosen], tuple(source.ids[i] for source, i in chosen)
+
+
+def _sample(
+    name: str,
+    origin: str,
+    kind: QuestionKind,
+    question: Question,
+    pictures: list[np.ndarray],
+    ids: tuple[str, ...],
+) -> Sample:
+    image = Part("image", ref=_png(np.concatenate(pictures, axis=1)))
+    columns = {
+        "solution": question.solution,
+        "kind": kind.name,
+        "domain": kind.domain,
+        "choices": list(question.choices) if question.choices else None,
+        "pictures": list(ids),
+    }
+    answer = Part("text", f"<answer>{question.solution}</answer>")
+    turns = (Turn("user", (image, Part("text", question.text))), Turn("assistant", (answer,)))
+    return Sample(name, turns, columns, origin)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    """Grey pixels uint8 ``[height, width]`` as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+TASK = Task(
+    name="demo_vqa",
+    version="1",
+    description="questions about real handwritten digits and photographs of clothes; needs no download",
+    splits=ROWS,
+    load=load,
+    rewards=("answer", "format"),
+    group_by="kind",
+    licence="digits: CC BY 4.0 (UCI), shipped by scikit-learn under BSD-3-Clause; clothes: MIT (Zalando SE)",
+    citation=(
+        "Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits, UCI, doi:10.24432/C50P49; "
+        "Xiao, Rasul and Vollgraf 2017, Fashion-MNIST, arXiv:1708.07747"
+    ),
+)
