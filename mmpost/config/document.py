@@ -1,7 +1,7 @@
 """What was written, and where: YAML text as a tree whose every value knows its file and line.
 
-Two repairs of YAML's own rules: ``1e-6`` is a number, and on, off, yes and no are text (a boolean option reads them
-as booleans later). What an option means is not decided here.
+Two repairs of YAML's own rules: ``1e-6`` is a number, and on, off, yes and no are text (a boolean option
+takes them as booleans later). What an option means is not decided here.
 """
 
 from __future__ import annotations
@@ -98,9 +98,11 @@ def merge(base: Node | None, over: Node) -> Node:
 
 
 def from_python(value: Any, origin: Origin) -> Node:
-    """Python values as a tree; of a section object only what was set explicitly, so that the rest can be merged."""
+    """Python values as a tree; of a section object only what was set explicitly, so that it can be merged."""
     if isinstance(value, BaseModel):
-        given = {name for name in type(value).model_fields if name in value.model_fields_set or name == "kind"}
+        given = {
+            name for name in type(value).model_fields if name in value.model_fields_set or name == "kind"
+        }
         value = {name: getattr(value, name) for name in type(value).model_fields if name in given}
     if isinstance(value, Mapping):
         return Node({str(key): from_python(item, origin) for key, item in value.items()}, origin)
@@ -169,7 +171,9 @@ class _Converter:
             self.problems.add(here, "MMP-C010", f"{self.about}'{path}' contains itself.", "Remove the alias.")
             return here
         if node.tag not in _KNOWN_TAGS:
-            self.problems.add(here, "MMP-C010", f"{self.about}the tag '{node.tag}' is not supported.", "Remove it.")
+            self.problems.add(
+                here, "MMP-C010", f"{self.about}the tag '{node.tag}' is not supported.", "Remove it."
+            )
             return here
         if isinstance(node, yaml.ScalarNode):
             quoted = node.style is not None and node.tag.endswith(":str")
@@ -193,7 +197,9 @@ class _Converter:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
                 where = Node(None, self.origin, line if self.origin.folder is not None else 0)
-                self.problems.add(where, "MMP-C010", f"{self.about}a key must be a word.", "Put quotes around the text.")
+                self.problems.add(
+                    where, "MMP-C010", f"{self.about}a key must be a word.", "Put quotes around the text."
+                )
                 continue
             key = key_node.value
             dotted = f"{path}.{key}" if path else key
@@ -209,7 +215,9 @@ class _Converter:
             if isinstance(parent.value, dict):
                 entries = {**parent.value, **entries}
             else:
-                self.problems.add(parent, "MMP-C010", f"{self.about}'<<' needs a mapping.", "Write '<<: *name'.")
+                self.problems.add(
+                    parent, "MMP-C010", f"{self.about}'<<' needs a mapping.", "Write '<<: *name'."
+                )
         return entries
 
 

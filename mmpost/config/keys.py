@@ -60,7 +60,7 @@ def default_kind(field: FieldInfo) -> str:
 
 @functools.cache
 def leaf_paths(config_class: type[BaseModel]) -> dict[str, tuple[str, ...]]:
-    """Dotted names of the options by their last word. Options of list items have no fixed name and are left out."""
+    """Dotted names of the options by their last word; without the options of list items."""
     found: dict[str, list[str]] = {}
     for path in _leaves(config_class, ""):
         paths = found.setdefault(path.rpartition(".")[2], [])
@@ -86,8 +86,8 @@ def expand(config_class: type[BaseModel], key: str) -> tuple[list[str], tuple[st
         key: Dotted or bare name, for example ``train.seed``, ``seed`` or ``columns.image``.
 
     Returns:
-        The path in words, and the candidates when more than one option has that name (then the path is as given).
-        An unknown key is returned as it is.
+        The path in words, and the candidates when more than one option has that name (then the path is as
+        given). An unknown key is returned as it is.
     """
     head, *rest = key.split(".")
     if head in config_class.model_fields:
@@ -125,23 +125,18 @@ def suggest(config_class: type[BaseModel], parent: str, key: str, known: list[st
     last = key.rpartition(".")[2]
     if last in leaves:
         return _meant(leaves[last])
-    near = difflib.get_close_matches(key, known, n=1)
-    if near and parent:
-        return _meant((f"{parent}.{near[0]}",))
-    words = {**{path: (path,) for paths in leaves.values() for path in paths}, **leaves, **{k: (k,) for k in known}}
-    dotted = f"{parent}.{key}" if parent else key
-    near = near or difflib.get_close_matches(key, words, n=1) or difflib.get_close_matches(dotted, words, n=1)
-    if near and not parent:  # at the top a section and an option may both be near: the nearer one
-        near = sorted(difflib.get_close_matches(key, words, n=3), key=lambda word: -_ratio(word, key))[:1] or near
+    inside = difflib.get_close_matches(key, known, n=1)
+    if inside and parent:
+        return _meant((f"{parent}.{inside[0]}",))
+    words = {**leaves, **{name: (name,) for name in known if not parent}}
+    if "." in key:
+        words |= {path: (path,) for paths in leaves.values() for path in paths}
+    near = difflib.get_close_matches(key, words, n=1, cutoff=0.75 if "." in key else 0.6)
     if near:
         return _meant(words[near[0]])
     command = getattr(config_class, "command", None)
-    section = parent.partition(".")[0]
-    return f"; 'mmpost {command} --help{' ' + section if section else ''}' lists the options" if command else ""
-
-
-def _ratio(first: str, second: str) -> float:
-    return difflib.SequenceMatcher(None, first, second).ratio()
+    section = f" {parent.partition('.')[0]}" if parent else ""
+    return f"; 'mmpost {command} --help{section}' lists the options" if command else ""
 
 
 def _meant(paths: tuple[str, ...]) -> str:

@@ -1,7 +1,8 @@
 """Decode one image reference to upright 8-bit RGB, or read its size from the header alone.
 
-What is done to pixels: EXIF orientation is applied, transparency is put on white, 16-bit grey is scaled (not clipped)
-to 8 bits, palettes and CMYK are converted. Colour profiles are ignored. Of an animation the first frame is used.
+What is done to pixels: EXIF orientation is applied, transparency is put on white, 16-bit grey is scaled (not
+clipped) to 8 bits, palettes and CMYK are converted. Colour profiles are ignored. Of an animation the first
+frame is used.
 """
 
 from __future__ import annotations
@@ -23,8 +24,17 @@ from mmpost.media.ref import open_ref, shown, undecodable
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "MPO", "ICO", "DIB")
 # Everything that Pillow's plug-ins raise on damaged files (Pillow 10 to 13).
 _DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error, zlib.error
-)  # fmt: skip
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
 _TURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -49,7 +59,8 @@ def load(ref: str | bytes, *, origin: str = "", roots: Sequence[Path] = ()) -> I
         Mode ``RGB``, upright, independent of the file.
 
     Raises:
-        MmpostError: MMP-D007 no such file, MMP-D008 damaged or not an image, MMP-D027 too large, MMP-D035 a URL.
+        MmpostError: MMP-D007 no such file, MMP-D008 damaged or not an image, MMP-D027 too large, MMP-D035 a
+            URL.
     """
     with open_ref(ref, kind="image", origin=origin, roots=roots) as file:
         image = _open(file, ref, origin)
@@ -68,7 +79,8 @@ def size(ref: str | bytes, *, origin: str = "", roots: Sequence[Path] = ()) -> t
     """Width and height in pixels that ``load`` would give, from the header alone.
 
     Raises:
-        MmpostError: MMP-D007, MMP-D008, MMP-D027 or MMP-D035, as ``load``; damage behind the header is not seen.
+        MmpostError: MMP-D007, MMP-D008, MMP-D027 or MMP-D035, as ``load``; damage behind the header is not
+            seen.
     """
     with open_ref(ref, kind="image", origin=origin, roots=roots) as file:
         image = _open(file, ref, origin)
@@ -111,7 +123,7 @@ def _announced_size(file: BinaryIO) -> tuple[int, int]:
     for name in _formats():
         factory, accept = Image.OPEN[name]
         file.seek(0)
-        if accept is not None and accept(file.read(16)) is not True:
+        if accept is not None and accept(file.read(16)) in (False, None):
             continue
         file.seek(0)
         try:
@@ -126,8 +138,8 @@ def _orientation(image: Image.Image) -> int:
 
     Broken metadata is not broken pixels, so it does not stop the row.
     """
-    # Pillow turns TIFF by itself while loading and reports the turned size before. For PNG without EXIF in front of the
-    # pixels, getexif() would decode the whole file.
+    # Pillow turns TIFF by itself while loading and reports the turned size before. For PNG without EXIF in
+    # front of the pixels, getexif() would decode the whole file.
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return 1
     try:
@@ -154,7 +166,9 @@ def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
     """Scale 16-bit grey to 8 bits; Pillow's own conversion clips everything above 255 to white."""
     grey = np.asarray(image).astype(np.int64)
     if grey.min() < 0 or grey.max() > 0xFFFF:
-        raise ValueError("integer pixels outside 0..65535 have no agreed brightness; convert the file to 8 or 16 bits")
+        raise ValueError(
+            "integer pixels outside 0..65535 have no agreed brightness; convert the file to 8 or 16 bits"
+        )
     eight = ((grey + 128) // 257).astype(np.uint8)
     clear = image.info.get("transparency")
     if isinstance(clear, int):

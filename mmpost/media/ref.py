@@ -1,4 +1,4 @@
-"""Where the bytes of a media reference are: a file, encoded bytes, a data URI or base64 text. Never the network."""
+"""Where the bytes of a media reference are: file, encoded bytes, data URI or base64. Never the network."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from urllib.parse import unquote, unquote_to_bytes
 from mmpost.core.errors import MmpostError
 
 _DATA_URI = re.compile(r"data:(?P<type>[^;,]*)(?P<options>(?:;[^,]*)*),", re.IGNORECASE)
-# What the first bytes of JPEG, PNG, GIF, WebP/WAV and TIFF look like in base64. Without such a start a text is a path:
-# most short names are valid base64 too.
+# What the first bytes of JPEG, PNG, GIF, WebP/WAV and TIFF look like in base64. Without such a start a text
+# is a path: most short names are valid base64 too.
 _BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 _BASE64_MIN_CHARS = 64
@@ -126,7 +126,7 @@ def open_ref(ref: str | bytes, *, kind: str, origin: str = "", roots: Sequence[s
 
 
 def missing(kind: str, ref: str, *, origin: str = "", roots: Sequence[str | Path] = ()) -> MmpostError:
-    """The MMP-D007 of one file that is not there. Roots below which ``ref`` already lies are cut from its name."""
+    """The MMP-D007 of one file that is not there; a root that ``ref`` starts with is cut from its name."""
     name = local_path(ref)
     for root in roots:
         prefix = os.path.join(str(root), "")

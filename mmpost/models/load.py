@@ -37,12 +37,18 @@ class LoadedModel:
         adapter: Turns samples into inputs of these weights.
         name: What the user asked for.
         base: Folder or hub id of the full weights under a LoRA adapter, else the checkpoint itself.
+        section: The options it was opened with.
+        peft: How it trains; None for evaluation.
+        fresh_lora: True when its LoRA weights were made here, so that the base alone is the starting point.
     """
 
     policy: Policy
     adapter: Any
     name: str
     base: str
+    section: ModelSection
+    peft: LoraSettings | FullSettings | None
+    fresh_lora: bool
 
     def save(self, folder: Path) -> None:
         """Write a folder that plain transformers opens (weights or adapter, processor, tokenizer)."""
@@ -111,7 +117,8 @@ def load(
         _checkpoint_language_model(model)
     adapter = adapter_class(processor, config, media=media or MediaSection(), max_length=max_length)
     policy = Policy(model.to(device)).eval()
-    return LoadedModel(policy, adapter, name, base)
+    fresh = isinstance(peft, LoraSettings) and adapter_folder is None
+    return LoadedModel(policy, adapter, name, base, section, peft, fresh)
 
 
 def _resolve(name: str, seed: int) -> str:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 600  # 256 bytes, up to 24 special tokens, the rest merges
 
-# Qwen's own pattern (one digit per piece, a word with the space before it), with tags and \\boxed as pieces in front.
+# Qwen's own pattern (one digit per piece, a word with the space before it), with tags and \boxed in front.
 _PIECES = (
     r" ?(?:</?[A-Za-z_]+>|\\[A-Za-z]+)|(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -18,7 +18,7 @@ from mmpost.train import estimator
 from mmpost.train.distributed import Processes
 from mmpost.train.estimator import Counts
 from mmpost.train.parts import Parts, Positions, terms
-from mmpost.train.rows import Row
+from mmpost.train.rows import Row, Update
 
 # Sums over positions that every update reports; the order of the vector that is reduced over processes.
 SUMS = ("nll", "entropy", "objective", "surrogate", "kl", "removed", "gap", "positions")
@@ -49,18 +49,19 @@ class Learner:
         self.parts, self.micro_batch, self.temperature = parts, micro_batch, temperature
         self.max_grad_norm, self.max_length = max_grad_norm, max_length
 
-    def update(self, rows: Sequence[Row], counted: Counts, learning_rate: float) -> dict[str, float]:
+    def update(self, work: Update, learning_rate: float) -> dict[str, float]:
         """Take one optimiser step.
 
         Args:
-            rows: This process's rows that train.
-            counted: Trained positions and rows of this process for the means, skipped zero-advantage rows included.
+            work: This process's rows.
             learning_rate: Of this step.
 
         Returns:
-            Means over the step: the keys of ``SUMS`` per position, and ``grad_norm``.
+            Means over the step: the keys of ``SUMS`` per position, and ``grad_norm``. Nothing is updated when the
+            gradient norm is not finite.
         """
-        total = self.processes.sum([counted.positions, counted.rows])
+        rows = work.rows
+        total = self.processes.sum([work.positions, work.row_count])
         counts = Counts(int(total[0]), int(total[1]), self.max_length)
         batches = [rows[i : i + self.micro_batch] for i in range(0, len(rows), self.micro_batch)]
         steps = self.processes.max(len(batches))
@@ -70,23 +71,20 @@ class Learner:
         for index in range(steps):
             # Every process makes the same number of passes; one that has run out repeats its first with weight 0.
             real = index < len(batches)
-            batch = batches[index] if real else (batches or [[self._last_row]])[0]
+            batch = batches[index] if real else (batches or [[work.spare]])[0]
             with self.processes.accumulate(self.policy, last=index + 1 == steps):
                 sums += self._backward(batch, counts, active=real)
-        if rows:
-            self._last_row = rows[0]
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._clip()
-        self.optimizer.step()
+        if np.isfinite(norm):
+            self.optimizer.step()
         reduced = self.processes.sum(sums.tolist())
         seen = max(reduced[-1], 1.0)
         report = {name: value / seen for name, value in zip(SUMS, reduced, strict=True)}
         # These two are sums of already weighted positions, not means.
         report["objective"], report["surrogate"] = reduced[2], reduced[3]
         return {**report, "positions": float(counts.positions), "grad_norm": norm}
-
-    _last_row: Row
 
     def _backward(self, rows: Sequence[Row], counts: Counts, *, active: bool) -> Tensor:
         batch = self.adapter.collate([row.encoded for row in rows]).to(self.processes.device)
@@ -112,7 +110,7 @@ class Learner:
             loss.detach(),
             kl.sum() if kl is not None else detached.new_zeros(()),
             (said.stabiliser == 0).sum(),
-            (detached - positions.old).abs().sum(),
+            self._gap(rows, detached),
             torch.tensor(len(detached)),
         )
         return torch.stack([value.double().cpu() for value in values])
@@ -132,6 +130,13 @@ class Learner:
 
         old = spread("old")
         return Positions(detached, detached if old is None else old, advantage, spread("reference")), lengths
+
+    def _gap(self, rows: Sequence[Row], logp: Tensor) -> Tensor:
+        """Sum of |log-probability here - log-probability that the engine reported|."""
+        if any(row.engine is None for row in rows):
+            return logp.new_zeros(())
+        engine = torch.from_numpy(np.concatenate([row.engine for row in rows if row.engine is not None]))
+        return (logp - engine.to(logp)).abs().sum()
 
     def log_probs(self, rows: Sequence[Row], *, module: Policy | None = None) -> list[np.ndarray]:
         """Log-probabilities of each row's trained positions without gradient, float32 ``[n]`` each.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -29,12 +29,35 @@ class Row:
         advantage: Credit of every trained position of the row.
         old: Log-probabilities under the fixed policy, float32 ``[n]``; None when the step is on-policy.
         reference: Log-probabilities under the reference model, float32 ``[n]``.
+        engine: Log-probabilities that the rollout engine reported, float32 ``[n]``; for the log.
     """
 
     encoded: Encoded
     advantage: float = 1.0
     old: np.ndarray | None = None
     reference: np.ndarray | None = None
+    engine: np.ndarray | None = None
+
+
+@dataclass(slots=True)
+class Update:
+    """What one optimiser step of this process works on.
+
+    Attributes:
+        rows: Rows that go through the model.
+        positions: Trained positions for the step's mean, rows skipped for their zero advantage included.
+        row_count: Rows for the step's mean, likewise.
+        spare: Any row, for passes that only keep processes in step.
+        metrics: What is known before the pass: rewards, lengths, shares. Means over all processes.
+        samples: Records for people to look at.
+    """
+
+    rows: list[Row]
+    positions: int
+    row_count: int
+    spare: Row
+    metrics: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""The few classes and functions that users import from ``mmpost``; the commands call the same ones."""

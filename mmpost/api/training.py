@@ -1,0 +1,409 @@
+"""A training run from a configuration: what the commands and the trainer classes both start."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmpost.algos import ALGOS
+from mmpost.api import data as api_data
+from mmpost.api.data import Data
+from mmpost.api.evaluate import evaluate
+from mmpost.config.run import GRPOConfig, SFTConfig, check_batch
+from mmpost.config.schema import LoraSettings, RewardSpec
+from mmpost.core.batch import Encoded
+from mmpost.core.catalog import Catalog
+from mmpost.core.errors import MmpostError
+from mmpost.core.sample import Sample
+from mmpost.models.load import LoadedModel, load
+from mmpost.models.policy import Policy
+from mmpost.rewards.score import check_columns, resolve
+from mmpost.runs.folder import RunFolder
+from mmpost.runs.live import Progress
+from mmpost.runs.report import write_report
+from mmpost.train import checkpoint
+from mmpost.train.distributed import Processes
+from mmpost.train.learner import Learner
+from mmpost.train.loop import Interrupted, Loop
+from mmpost.train.parts import Parts
+from mmpost.train.rows import Row, RowStream
+from mmpost.train.sources import Completions, Demonstrations, Source
+
+# Rows are all encoded before the first step up to this number, so that rows that do not fit are named at once.
+ENCODE_ALL_UP_TO = 1000
+
+
+class Training:
+    """One run.
+
+    Args:
+        config: All options.
+        command: Command line in words, for the run folder.
+        config_yaml: Resolved configuration with sources; default the configuration itself.
+        model: An open model instead of ``config.model``.
+        data: Open sources instead of ``config.data.train``.
+        rewards: Reward functions or names instead of ``config.rewards``.
+
+    Attributes:
+        output: Run folder.
+    """
+
+    def __init__(
+        self,
+        config: SFTConfig | GRPOConfig,
+        *,
+        command: Sequence[str] = (),
+        config_yaml: str | None = None,
+        model: LoadedModel | None = None,
+        data: Sequence[Data] | None = None,
+        rewards: Sequence[str | Callable[..., Any]] | None = None,
+    ) -> None:
+        self.config, self.command = config, command
+        self.config_yaml = config_yaml or config.to_yaml()
+        self.model, self.data, self.reward_choice = model, data, rewards
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        self.output = Path(config.train.output_dir or f"runs/{config.command}-{stamp}")
+        self.processes = Processes(bf16=config.train.bf16)
+
+    # -- the run -------------------------------------------------------------------------------------------------
+
+    def run(self) -> Path:
+        """Train, evaluate, write the final weights and the report.
+
+        Returns:
+            The run folder; ``final/`` in it opens with plain transformers.
+
+        Raises:
+            MmpostError: Everything that a user can mend.
+            Interrupted: After Ctrl-C, with a checkpoint written.
+        """
+        config, processes = self.config, self.processes
+        check_batch(config, processes.world)
+        parts = self._parts()
+        specs: list[Any] = []
+        if isinstance(config, GRPOConfig):
+            specs = list(self.reward_choice) if self.reward_choice is not None else list(config.rewards)
+            specs = [RewardSpec(name=item) if isinstance(item, str) else item for item in specs]
+            if not specs:
+                raise MmpostError("MMP-C032", "no rewards: rewards is empty.", "Set rewards=[answer, format].")
+        rewards = resolve(specs)
+        data = list(self.data) if self.data is not None else api_data.open_all(config.data, seed=config.train.seed)
+        if self.data is not None:
+            data = [item if isinstance(item, Data) else api_data.load_data(item) for item in data]
+        api_data.verify(data, config.data, command=config.command)
+        for source in data:
+            check_columns(rewards, source.samples)
+        folder = self._open_folder()
+        if folder is not None and folder.finished:
+            return self.output
+        torch.manual_seed(config.train.seed)
+        model = self._load_model()
+        loop, progress = self._build(model, data, rewards, parts, folder)
+        status = "failed"
+        try:
+            loop.run()
+            self._finish(loop, folder)
+            status = "finished"
+        except (Interrupted, KeyboardInterrupt):
+            status = "interrupted"
+            raise
+        finally:
+            if progress is not None:
+                progress.stop()
+            if folder is not None:
+                folder.finish(status, loop.state.step)  # type: ignore[arg-type]
+                _report(folder)
+            processes.close()
+        return self.output
+
+    def _parts(self) -> Parts:
+        section = self.config.loss
+        preset: Parts = Catalog("algos", ALGOS).get(section.preset or self.config.command)
+        parts = preset.override(section)
+        if isinstance(self.config, SFTConfig) and parts.advantage != "ones":
+            raise MmpostError(
+                "MMP-C033",
+                f"loss.advantage is '{parts.advantage}', but demonstrations have no rewards.",
+                "Use mmpost grpo, or loss.advantage=ones.",
+            )
+        return parts
+
+    def _open_folder(self) -> RunFolder | None:
+        """Open on the first process; all processes see the same outcome."""
+        folder, outcome = None, None
+        if self.processes.is_main:
+            try:
+                folder = RunFolder.open(
+                    self.output,
+                    command=list(self.command),
+                    config_yaml=self.config_yaml,
+                    overwrite=self.config.train.overwrite,
+                )
+                outcome = (folder.finished, [str(place) for place in folder.checkpoints()])
+            except MmpostError as error:
+                outcome = error
+        outcome = self.processes.gather(outcome)[0]
+        if isinstance(outcome, MmpostError):
+            raise outcome
+        finished, places = outcome
+        self._resume_from = Path(places[-1]) if places else None
+        if folder is None and finished:
+            folder = RunFolder(self.output, finished=True)
+        if folder is not None and not finished and self._resume_from is None:
+            folder.truncate({"metrics.jsonl": 0, "events.jsonl": 0}, 0)
+        return folder
+
+    def _load_model(self) -> LoadedModel:
+        config = self.config
+        if self.model is None:
+            self.model = load(
+                config.model,
+                peft=config.peft,
+                media=config.data.media,
+                max_length=config.data.max_length,
+                seed=config.train.seed,
+                device=self.processes.device,
+            )
+        self.model.adapter.max_length = config.data.max_length
+        if not self.model.policy.num_parameters(trainable=True):
+            raise MmpostError(
+                "MMP-C034",
+                "no weights to train: every part of the model is frozen.",
+                "Shorten model.freeze, or load the model with peft='lora' or 'full'.",
+            )
+        return self.model
+
+    def _build(
+        self, model: LoadedModel, data: list[Data], rewards: list[Any], parts: Parts, folder: RunFolder | None
+    ) -> tuple[Loop, Progress | None]:
+        config, processes, train = self.config, self.processes, self.config.train
+        reference = self._reference(model, parts)
+        if self._resume_from is not None:
+            # Weights of the checkpoint; the reference above keeps those of the start.
+            section = config.model.model_copy(update={"model_name_or_path": str(self._resume_from)})
+            resumed = load(
+                section,
+                peft=model.peft or config.peft,
+                media=config.data.media,
+                max_length=config.data.max_length,
+                device=processes.device,
+            )
+            model = replace(resumed, base=model.base)
+            self.model = model
+        stream = self._stream(model, data)
+        total_steps, updates = self._steps(data)
+        weights = [p for p in model.policy.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            weights,
+            lr=train.learning_rate,
+            betas=(train.adam_beta1, train.adam_beta2),
+            weight_decay=train.weight_decay,
+        )
+        policy, optimizer = processes.prepare(model.policy, optimizer)
+        grpo = config.grpo if isinstance(config, GRPOConfig) else None
+        learner = Learner(
+            policy,
+            model.adapter,
+            optimizer,
+            processes,
+            parts,
+            micro_batch=train.per_device_train_batch_size,
+            temperature=grpo.temperature if grpo else 1.0,
+            max_grad_norm=train.max_grad_norm,
+            max_length=grpo.max_completion_length if grpo else 1,
+        )
+        source: Source
+        if grpo is None:
+            source = Demonstrations(stream, num_samples=config.log.samples)
+        else:
+            source = Completions(
+                stream,
+                policy=model.policy,
+                adapter=model.adapter,
+                rewards=rewards,
+                section=grpo,
+                parts=parts,
+                processes=processes,
+                log_probs=learner.log_probs,
+                reference=(lambda rows: reference(learner, rows)) if reference else None,
+                seed=train.seed,
+                num_samples=config.log.samples,
+            )
+        progress = self._progress(model, total_steps, data, folder)
+        loop = Loop(
+            model=model,
+            learner=learner,
+            source=source,
+            processes=processes,
+            train=train,
+            total_steps=total_steps,
+            folder=folder,
+            progress=progress,
+            output=self.output,
+            likelihood=grpo is None,
+            evaluate=self._evaluate if config.eval.tasks else None,
+            eval_steps=config.eval.eval_steps,
+        )
+        if self._resume_from is not None:
+            loop.resume(self._resume_from)
+        return loop, progress
+
+    def _reference(
+        self, model: LoadedModel, parts: Parts
+    ) -> Callable[[Learner, Sequence[Row]], list[np.ndarray]] | None:
+        """Log-probabilities of the starting weights, when a penalty needs them."""
+        if not parts.beta:
+            return None
+        if model.fresh_lora:
+            # The base under new LoRA weights is the starting point; no second copy is needed.
+            def without_adapter(learner: Learner, rows: Sequence[Row]) -> list[np.ndarray]:
+                assert self.model is not None
+                with self.model.policy.model.disable_adapter():
+                    return learner.log_probs(rows)
+
+            return without_adapter
+        frozen: Policy = copy.deepcopy(model.policy).requires_grad_(False).eval()
+        return lambda learner, rows: learner.log_probs(rows, module=frozen)
+
+    def _stream(self, model: LoadedModel, data: list[Data]) -> RowStream:
+        config = self.config
+        grpo = config.grpo if isinstance(config, GRPOConfig) else None
+        if grpo is not None and grpo.prompts_per_step % grpo.mini_batches:
+            raise MmpostError(
+                "MMP-C021",
+                f"grpo.prompts_per_step {grpo.prompts_per_step} is not a multiple of grpo.mini_batches "
+                f"{grpo.mini_batches}.",
+                "Change one of them.",
+            )
+        count = self._rows_per_step() if grpo is None else grpo.prompts_per_step // grpo.mini_batches
+        if count < self.processes.world:
+            raise MmpostError(
+                "MMP-C022",
+                f"{count} rows per step cannot be shared by {self.processes.world} processes.",
+                "Raise train.batch_size or grpo.prompts_per_step.",
+            )
+        stream = RowStream(
+            [source.samples for source in data],
+            [source.weight for source in data],
+            _Encode(model.adapter, config.train.loss_on if grpo is None else None),
+            count=count,
+            rank=self.processes.rank,
+            world=self.processes.world,
+            seed=config.train.seed,
+            workers=config.data.workers,
+            on_bad_row=config.data.on_bad_row,
+            on_long=config.data.on_long,
+        )
+        if config.data.verify == "auto" and sum(len(source) for source in data) <= ENCODE_ALL_UP_TO:
+            stream.check_all()
+        return stream
+
+    def _rows_per_step(self) -> int:
+        train = self.config.train
+        return train.batch_size or (
+            self.processes.world * train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1)
+        )
+
+    def _steps(self, data: list[Data]) -> tuple[int, int]:
+        """Optimiser steps of the run, and steps per rollout batch."""
+        config = self.config
+        rows = sum(len(source) for source in data)
+        if isinstance(config, GRPOConfig):
+            updates = config.grpo.mini_batches * config.grpo.num_iterations
+            batches = math.ceil(config.train.num_train_epochs * rows / config.grpo.prompts_per_step)
+            return config.train.max_steps or max(1, batches * updates), updates
+        steps = math.ceil(config.train.num_train_epochs * rows / self._rows_per_step())
+        return config.train.max_steps or max(1, steps), 1
+
+    def _progress(
+        self, model: LoadedModel, total: int, data: list[Data], folder: RunFolder | None
+    ) -> Progress | None:
+        if folder is None:
+            return None
+        left_out = api_data.write_bad_rows(folder.path / "bad_rows.jsonl", data)
+        (folder.path / "data_manifest.json").write_text(json.dumps(api_data.manifest(data), indent=1) + "\n")
+        millions = model.policy.num_parameters() / 1e6
+        trained = model.policy.num_parameters(trainable=True) / 1e6
+        folder.add_environment(
+            {
+                "device": str(self.processes.device),
+                "processes": self.processes.world,
+                "params": model.policy.num_parameters(),
+                "trainable_params": model.policy.num_parameters(trainable=True),
+            }
+        )
+        progress = Progress(mode=self.config.log.progress, report=str(folder.path / "report.html"))
+        title = (
+            f"{self.config.command} {self.config.log.run_name or folder.path.name}: {model.name} "
+            f"({millions:.1f} M weights, {trained:.1f} M train) on {self.processes.world} x {self.processes.device}"
+        )
+        first = int(self._resume_from.name.removeprefix("step-")) if self._resume_from is not None else 0
+        progress.start(total, title, first_step=first)
+        if self.processes.device.type == "cpu" and torch.version.cuda:
+            progress.event("no CUDA device found; running on the CPU")
+        if left_out:
+            progress.event(f"{left_out} faulty rows left out; see bad_rows.jsonl")
+        if folder.resuming and self._resume_from is not None:
+            progress.event(f"continuing from {self._resume_from.name}")
+        return progress
+
+    def _evaluate(self, step: int) -> dict[str, Any]:
+        """Held-out accuracy; computed on the first process, known to all."""
+        section, out = self.config.eval, {}
+        if self.processes.is_main:
+            assert self.model is not None
+            results = evaluate(
+                self.model,
+                section.tasks,
+                limit=section.limit,
+                batch_size=section.batch_size,
+                max_new_tokens=section.max_new_tokens,
+            )
+            for task, result in results.results.items():
+                accuracy = result["metrics"]["accuracy"]
+                out[task] = {"accuracy": accuracy["value"], "ci": accuracy["ci"], "n": accuracy["n"]}
+            results.save_samples(self.output)
+        self.processes.barrier()
+        shared: dict[str, Any] = self.processes.gather(out)[0]
+        return shared
+
+    def _finish(self, loop: Loop, folder: RunFolder | None) -> None:
+        """Final weights, final evaluation."""
+        if self.processes.is_main:
+            scratch = self.output / "final.partial"
+            loop.model.save(scratch)
+            checkpoint.move_into_place(scratch, self.output / "final")
+        self.processes.barrier()
+        if loop.evaluate is not None:
+            loop._evaluate()
+        if folder is not None and loop.progress is not None:
+            loop.progress.event(f"final weights: {self.output / 'final'}")
+
+
+class _Encode:
+    """Encodes a sample for the command; picklable, so that worker processes can have it."""
+
+    def __init__(self, adapter: Any, loss_on: str | None) -> None:
+        self.adapter, self.loss_on = adapter, loss_on
+
+    def __call__(self, sample: Sample) -> Encoded:
+        if self.loss_on is None:
+            return self.adapter.encode_prompt(sample.prompt())  # type: ignore[no-any-return]
+        return self.adapter.encode(sample, loss_on=self.loss_on)  # type: ignore[no-any-return]
+
+
+def _report(folder: RunFolder) -> None:
+    """Write the report; a run that trained must not fail because its report does."""
+    try:
+        write_report(folder.path)
+    except Exception as error:  # noqa: BLE001
+        folder.event("report", f"the report could not be written: {type(error).__name__}: {error}")

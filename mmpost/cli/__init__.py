@@ -1,0 +1,74 @@
+"""The ``mmpost`` command: its outer edge turns every failure into one clear message and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from mmpost.core.errors import MmpostError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit.
+
+    Exit codes: 0 done, 1 unexpected (a crash file is written), 2 configuration, 3 data, 4 environment, 5 out of
+    memory, 6 a guard stopped training, 7 evaluation incomplete, 130 interrupted (a checkpoint is written).
+    """
+    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(argv: list[str]) -> int:
+    """Run the command line and return the exit code."""
+    # Set before transformers is imported: worker processes must not fight over the tokenizer's threads.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from mmpost.cli.commands import app
+
+    try:
+        app(args=argv, prog_name="mmpost", standalone_mode=False)
+    except MmpostError as error:
+        # One write, so that the processes of a run do not mix their lines; only the first one speaks.
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+    except Exception as error:  # noqa: BLE001 - the outer edge: nothing may reach the user as a traceback
+        return _unexpected(error)
+    return 0
+
+
+def _unexpected(error: Exception) -> int:
+    import click
+
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, click.exceptions.Abort):
+        return 130
+    if isinstance(error, click.ClickException):
+        sys.stderr.write(f"{error.format_message()} [MMP-C000]\n")
+        return 2
+    if type(error).__name__ == "Interrupted":
+        sys.stderr.write("interrupted; a checkpoint is written. Run the same command again to go on.\n")
+        return 130
+    if type(error).__name__ == "OutOfMemoryError":
+        sys.stderr.write(
+            f"out of memory: {str(error).splitlines()[0]} Try, in this order: a smaller "
+            "train.per_device_train_batch_size, model.gradient_checkpointing=true, peft.kind=lora, a smaller "
+            "data.media.max_pixels. [MMP-T001]\n"
+        )
+        return 5
+    crash = os.path.abspath("crash.txt")
+    text = traceback.format_exc()
+    try:
+        with open(crash, "w", encoding="utf-8") as file:
+            file.write(text)
+        where = f" Details: {crash}"
+    except OSError:
+        where = f"\n{text}"
+    sys.stderr.write(f"unexpected {type(error).__name__}: {error}.{where} [MMP-T000]\n")
+    return 1

@@ -1,0 +1,297 @@
+"""What is wrong with readable rows, and what a data set holds. No model is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from mmpost.core.errors import MmpostError
+from mmpost.core.sample import Part, Sample, Turn
+from mmpost.data.readers.preference import ANSWERS
+from mmpost.data.readers.prompts import PAIRS
+from mmpost.data.source import Table
+from mmpost.media import image
+from mmpost.media.ref import inline_bytes, locate
+
+Command = Literal["sft", "grpo"]
+MediaCheck = Literal["none", "exists", "decode"]
+IdScope = dict[tuple[str, str], str]
+
+_NEEDS = "sft needs assistant, grpo needs user"
+_ORIGIN = re.compile(r"(.*?:\d+): ")
+_LEAKS_LISTED = 3
+_LONGEST = 5
+
+
+def check(
+    samples: Sequence[Sample],
+    *,
+    command: Command | None,
+    media: MediaCheck,
+    id_scope: IdScope | None,
+    roots: Sequence[str] = (),
+) -> list[MmpostError]:
+    """Faults that the reader cannot see: roles for a command, empty answers, ids used twice, media files.
+
+    Args:
+        samples: Rows of one or more sources.
+        command: What the rows are for; None checks what holds for every use.
+        media: ``exists`` looks for the files, ``decode`` also decodes every image.
+        id_scope: (source, id) to the row that has it, filled here; pass the same dict again to check ids
+            across calls.
+        roots: Folders that the reader looked in (``Table.roots``), named when a file is missing.
+
+    Returns:
+        MMP-D007, D008, D012, D013, D016, D027, D035 and D040 in the order of the rows, all of them.
+    """
+    faults: list[MmpostError] = []
+    seen = {} if id_scope is None else id_scope
+    intact: set[str] = set()
+    preference_files: set[str] = set()
+    for sample in samples:
+        if command is not None and _is_preference(sample):
+            file = sample.origin.rpartition(":")[0]
+            if file not in preference_files:
+                preference_files.add(file)
+                faults.append(_not_trained(sample, command, file))
+            continue
+        faults += _roles(sample, command)
+        faults += _identity(sample, seen)
+        if media != "none":
+            faults += _media(sample, media, intact, roots)
+    return faults
+
+
+def _is_preference(sample: Sample) -> bool:
+    return all(sample.columns.get(name) is not None for name in ANSWERS)
+
+
+def _not_trained(sample: Sample, command: str, file: str) -> MmpostError:
+    columns = ", ".join(sample.columns)
+    return MmpostError(
+        "MMP-D040", f"'{command}' does not train on preference data ({file}); columns found: {columns}"
+    )
+
+
+def _roles(sample: Sample, command: Command | None) -> list[MmpostError]:
+    faults = []
+    if command != "grpo":
+        faults += [
+            MmpostError(
+                "MMP-D012", f"{sample.origin}: assistant message {i} is empty; nothing would be learned"
+            )
+            for i, turn in enumerate(sample.turns, 1)
+            if turn.role == "assistant" and turn.train and _is_empty(turn)
+        ]
+    # A question-answer pair keeps its answer as a column, so taking the assistant turn off loses nothing.
+    turns = sample.prompt().turns if command == "grpo" and _is_pair(sample) else sample.turns
+    last, wanted = (
+        (turns[-1].role if turns else "none"),
+        {"sft": "assistant", "grpo": "user"}.get(command or ""),
+    )
+    if wanted is not None and last != wanted:
+        faults.append(MmpostError("MMP-D013", f"{sample.origin}: last message is '{last}'; {_NEEDS}"))
+    return faults
+
+
+def _is_pair(sample: Sample) -> bool:
+    return any(sample.columns.get(answer) is not None for answer in PAIRS.values())
+
+
+def _is_empty(turn: Turn) -> bool:
+    return all(part.kind == "text" and not part.text.strip() for part in turn.parts)
+
+
+def _identity(sample: Sample, seen: IdScope) -> list[MmpostError]:
+    first = seen.setdefault((sample.source, sample.id), sample.origin)
+    if first == sample.origin:
+        return []
+    return [MmpostError("MMP-D016", f"{sample.origin}: id '{sample.id}' already used in {first}")]
+
+
+def _media(sample: Sample, depth: MediaCheck, intact: set[str], roots: Sequence[str]) -> list[MmpostError]:
+    """Faults of one row's media; a file found good is not looked at again, a bad one is named in every row."""
+    faults = []
+    for part in sample.media():
+        if part.kind == "action" or part.ref is None or part.ref in intact:
+            continue
+        try:
+            _look_at(part, sample.origin, depth, roots)
+        except MmpostError as error:
+            faults.append(error)
+        else:
+            if isinstance(part.ref, str):
+                intact.add(part.ref)
+    return faults
+
+
+def _look_at(part: Part, origin: str, depth: MediaCheck, roots: Sequence[str]) -> None:
+    ref = part.ref
+    if isinstance(ref, str) and inline_bytes(ref, kind=part.kind, origin=origin) is None:
+        _exists(ref, part.kind, origin, roots)
+    if depth == "decode" and part.kind == "image" and ref is not None:
+        image.load(ref, origin=origin)
+
+
+def _exists(ref: str, kind: str, origin: str, roots: Sequence[str]) -> None:
+    # The reader has put the folder in front already; the roots are only named.
+    if not os.path.exists(ref):
+        locate(_written(ref, roots), kind=kind, origin=origin, roots=roots)
+
+
+def _written(ref: str, roots: Sequence[str]) -> str:
+    """The path without the root that the reader put in front."""
+    for root in roots:
+        prefix = os.path.join(root, "") if root else ""
+        if prefix and ref.startswith(prefix):
+            return ref[len(prefix) :]
+    return ref
+
+
+def leakage(train: Iterable[Sample], evaluation: Iterable[Sample]) -> MmpostError | None:
+    """The MMP-D018 of evaluation rows that training has seen, or None.
+
+    Rows are the same when turns and media are, wherever the media path starts. A row without an answer is
+    compared with the other row's prompt, since evaluation often keeps the answer in a column.
+    """
+    asked, answered, unanswered = {}, {}, {}
+    for sample in map(_with_real_paths, train):
+        prompt = sample.prompt().content_hash()
+        asked.setdefault(prompt, sample.origin)
+        if _has_answer(sample):
+            answered.setdefault(sample.content_hash(), sample.origin)
+        else:
+            unanswered.setdefault(prompt, sample.origin)
+    leaks, rows = [], 0
+    for sample in map(_with_real_paths, evaluation):
+        rows += 1
+        prompt = sample.prompt().content_hash()
+        if _has_answer(sample):
+            origin = answered.get(sample.content_hash()) or unanswered.get(prompt)
+        else:
+            origin = asked.get(prompt)
+        if origin is not None:
+            leaks.append((sample.origin, origin))
+    if not leaks:
+        return None
+    file = leaks[0][0].rpartition(":")[0]
+    first = ", ".join(f"{evaluated} = {trained}" for evaluated, trained in leaks[:_LEAKS_LISTED])
+    return MmpostError(
+        "MMP-D018",
+        f"{file}: {len(leaks)} of {rows} rows are in both training and evaluation data (same content hash); "
+        f"first: {first}",
+    )
+
+
+def _has_answer(sample: Sample) -> bool:
+    return bool(sample.turns) and sample.turns[-1].role == "assistant"
+
+
+def _with_real_paths(sample: Sample) -> Sample:
+    """The sample with every file named by its real path, so that two spellings of one file are equal."""
+    if not any(isinstance(part.ref, str) for part in sample.media()):
+        return sample
+    turns = tuple(
+        dataclasses.replace(turn, parts=tuple(_with_real_path(part) for part in turn.parts))
+        for turn in sample.turns
+    )
+    return dataclasses.replace(sample, turns=turns)
+
+
+def _with_real_path(part: Part) -> Part:
+    if isinstance(part.ref, str) and part.kind != "action" and os.path.exists(part.ref):
+        return dataclasses.replace(part, ref=os.path.realpath(part.ref))
+    return part
+
+
+def summary(
+    tables: Sequence[Table],
+    faults: Sequence[MmpostError] = (),
+    *,
+    count_tokens: Callable[[Sample], Mapping[str, int]] | None = None,
+) -> dict[str, Any]:
+    """What ``mmpost data check`` prints, ready for JSON.
+
+    Args:
+        tables: The sources.
+        faults: What ``check`` and ``leakage`` found in them, beside the tables' own faults.
+        count_tokens: Tokens of a row by kind, for example ``{"text": 40, "image": 256}``; None leaves tokens
+            out.
+
+    Returns:
+        ``sources``: one object per table with ``name, path, sha256, rows, bad, by_code, media, chars, tokens,
+        longest``; ``total``: ``rows, bad, by_code, media``. ``chars`` and each kind in ``tokens`` hold p50,
+        p90, p99 and max; ``longest`` lists the five longest rows, by tokens if counted, else by characters.
+    """
+    sources = [_summary_of(table, faults, count_tokens) for table in tables]
+    everything = [fault for table in tables for fault in table.faults] + list(faults)
+    media: Counter[str] = Counter()
+    for source in sources:
+        media.update(source["media"])
+    total = {
+        "rows": sum(source["rows"] for source in sources),
+        "bad": sum(source["bad"] for source in sources),
+        "by_code": _by_code(everything),
+        "media": dict(media),
+    }
+    return {"sources": sources, "total": total}
+
+
+def _summary_of(
+    table: Table,
+    faults: Sequence[MmpostError],
+    count_tokens: Callable[[Sample], Mapping[str, int]] | None,
+) -> dict[str, Any]:
+    origins = {sample.origin for sample in table.samples}
+    checked = [fault for fault in faults if _origin(fault) in origins]
+    mine = [*table.faults, *checked]
+    chars = [sum(len(turn.text) for turn in sample.turns) for sample in table.samples]
+    tokens = None if count_tokens is None else [dict(count_tokens(sample)) for sample in table.samples]
+    lengths = chars if tokens is None else [sum(counts.values()) for counts in tokens]
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))[:_LONGEST]
+    return {
+        "name": table.name,
+        "path": table.path,
+        "sha256": table.sha256,
+        "rows": table.rows,
+        "bad": len({_origin(fault) for fault in table.faults}) + len({_origin(fault) for fault in checked}),
+        "by_code": _by_code(mine),
+        "media": dict(Counter(part.kind for sample in table.samples for part in sample.media())),
+        "chars": quantiles(chars),
+        "tokens": None if tokens is None else _token_quantiles(tokens, lengths),
+        "longest": [
+            {"origin": table.samples[i].origin, "id": table.samples[i].id, "length": lengths[i]}
+            for i in order
+        ],
+    }
+
+
+def _origin(fault: MmpostError) -> str | None:
+    match = _ORIGIN.match(fault.what)
+    return match[1] if match else None
+
+
+def _by_code(faults: Iterable[MmpostError]) -> dict[str, int]:
+    return dict(sorted(Counter(fault.code for fault in faults).items()))
+
+
+def _token_quantiles(
+    tokens: Sequence[Mapping[str, int]], lengths: Sequence[int]
+) -> dict[str, dict[str, int]]:
+    kinds = sorted({kind for counts in tokens for kind in counts})
+    by_kind = {kind: quantiles([counts.get(kind, 0) for counts in tokens]) for kind in kinds}
+    return {**by_kind, "total": quantiles(lengths)}
+
+
+def quantiles(values: Sequence[int]) -> dict[str, int]:
+    """p50, p90, p99 and max of counts, each a value that occurs; all 0 when there are none."""
+    if not values:
+        return {"p50": 0, "p90": 0, "p99": 0, "max": 0}
+    found = np.quantile(np.asarray(values), [0.5, 0.9, 0.99, 1.0], method="inverted_cdf")
+    return dict(zip(("p50", "p90", "p99", "max"), map(int, found), strict=True))

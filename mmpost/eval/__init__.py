@@ -1,0 +1,1 @@
+"""Accuracy with an interval on held-out rows."""

@@ -1,0 +1,57 @@
+"""Intervals: Wilson for a share, paired bootstrap for a difference on the same rows, Student t over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmpost.core import seeding
+
+Z95 = 1.959963984540054
+# 97.5 % quantiles of Student's t for 1 to 10 degrees of freedom.
+T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+RESAMPLES = 2000
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """95 % score interval of a share.
+
+    Source: Wilson (1927), J. Am. Stat. Assoc. 22, 209-212.
+    """
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = successes / n, Z95 * Z95
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    # Rounding must not move an end past a share that is exactly 0 or 1.
+    return max(0.0, min(centre - half, p)), min(1.0, max(centre + half, p))
+
+
+def paired_bootstrap(a: Sequence[float], b: Sequence[float], *, seed: int) -> tuple[float, tuple[float, float]]:
+    """Mean of b - a over the same rows and its 95 % percentile interval.
+
+    Args:
+        a: Scores of the first model per row.
+        b: Scores of the second model on the same rows.
+        seed: Of the resampling.
+    """
+    difference = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
+    rng = seeding.generator(seed, "paired_bootstrap")
+    index = rng.integers(0, len(difference), size=(RESAMPLES, len(difference)))
+    low, high = np.quantile(difference[index].mean(1), [0.025, 0.975])
+    return float(difference.mean()), (float(low), float(high))
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Mean of independent runs and its 95 % Student interval.
+
+    Args:
+        values: One number per seed, at least two.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    n = len(array)
+    t = T975[n - 2] if n - 2 < len(T975) else Z95
+    half = t * array.std(ddof=1) / math.sqrt(n)
+    return float(array.mean()), (float(array.mean() - half), float(array.mean() + half))

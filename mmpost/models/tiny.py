@@ -1,0 +1,320 @@
+"""Small vision-language models of the real classes, built offline from a seed.
+
+Config, weights, processor, tokenizer and chat template are those of the family, only smaller: what runs on a tiny
+model runs on the released one. Nothing is downloaded, and the same seed gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessor,
+    SmolVLMProcessor,
+    SmolVLMVideoProcessor,
+)
+
+from mmpost.core.errors import MmpostError
+from mmpost.models.tiny_tokenizer import QWEN2, QWEN3, SMOLVLM, Style, train
+
+VERSION = 1  # raise it with every change that changes the weights or the tokenizer; caches are named after it
+
+Size = Literal["test", "demo"]
+_IMAGENET_HALF = [0.5, 0.5, 0.5]  # Qwen3-VL scales pixels to [-1, 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Dims:
+    """Widths and depths.
+
+    Attributes:
+        hidden: Width of the language model.
+        layers: Depth of the language model.
+        heads: Query heads of the language model; there are half as many key-value heads.
+        ffn: Inner width of its feed-forward layers.
+        tower: Width of the vision tower.
+        tower_layers: Depth of the vision tower.
+        tower_heads: Its heads; the head width must be a multiple of 4 for the two rotary axes.
+        tower_ffn: Inner width of its feed-forward layers.
+        patch: Side of a patch in pixels; 2x2 patches become one token.
+        window: Side of an attention window in pixels (Qwen2.5-VL), 0 for full attention in every layer.
+        std: Standard deviation of the initial weights of the language model.
+        tower_std: The same for the vision tower.
+        min_pixels: Smaller images are enlarged to this area.
+        max_pixels: Larger images are shrunk to this area.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    ffn: int
+    tower: int
+    tower_layers: int
+    tower_heads: int
+    tower_ffn: int
+    patch: int
+    window: int = 0
+    std: float = 0.02
+    tower_std: float = 0.02
+    min_pixels: int = 28 * 28
+    max_pixels: int = 112 * 112
+
+
+# About 0.3 M parameters. One of two tower layers of Qwen2.5-VL sees windows only, as in the released model.
+_TEST = Dims(64, 2, 4, 160, tower=48, tower_layers=2, tower_heads=4, tower_ffn=96, patch=14, window=56)
+# About 1.2 M parameters for pictures made of 28x28 tiles, which arrive unscaled: four tokens a tile.
+_DEMO = Dims(128, 4, 4, 384, tower=64, tower_layers=2, tower_heads=4, tower_ffn=128, patch=7)
+_DIMS: Mapping[str, Dims] = {"test": _TEST, "demo": _DEMO}
+
+
+def build(
+    family: str, folder: Path, *, seed: int = 0, corpus: Iterable[str] | None = None, size: Size = "test"
+) -> Path:
+    """Write a random model with its processor into ``folder``, where plain transformers opens it.
+
+    Args:
+        family: One of ``FAMILIES``.
+        folder: Where to write; made if missing.
+        seed: Seed of the weights. The tokenizer does not depend on it.
+        corpus: More text for the tokenizer to learn from, see ``tiny_tokenizer.train``.
+        size: ``test`` (0.2 to 0.4 million parameters) or ``demo`` (1 to 1.5 million, for pictures of 28x28 tiles).
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        MmpostError: MMP-C006 for an unknown family or size, MMP-E010 when the family's processor needs num2words
+            and it is not installed.
+    """
+    _known(family, FAMILIES, "families of tiny models")
+    _known(size, _DIMS, "sizes of tiny models")
+    model, processor = FAMILIES[family](_DIMS[size], seed, corpus)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def tiny_name(name: str) -> tuple[str, Size]:
+    """Family and size of a name such as ``tiny-vlm``.
+
+    Raises:
+        MmpostError: MMP-C006 for an unknown name.
+    """
+    _known(name, _NAMES, "tiny models")
+    return _NAMES[name]
+
+
+def _known(name: str, table: Mapping[str, Any], kind: str) -> None:
+    if name in table:
+        return
+    near = difflib.get_close_matches(name, table, n=1)
+    hint = f"Did you mean '{near[0]}'? " if near else ""
+    raise MmpostError("MMP-C006", f"unknown name '{name}' among {kind}.", f"{hint}Known: {', '.join(table)}")
+
+
+def _qwen2_vl(dims: Dims, seed: int, corpus: Iterable[str] | None) -> tuple[Any, Any]:
+    processor = _qwen_processor(Qwen2VLProcessor, Qwen2VLVideoProcessor, QWEN2, dims, corpus)
+    config = Qwen2VLConfig(
+        text_config=_text(dims, QWEN2, processor.tokenizer) | {"rope_parameters": _rope(dims)},
+        vision_config=_tower(dims)
+        | {"embed_dim": dims.tower, "hidden_size": dims.hidden, "mlp_ratio": dims.tower_ffn // dims.tower},
+        **_qwen_ids(processor.tokenizer),
+    )
+    return _init(Qwen2VLForConditionalGeneration, config, seed, processor.tokenizer), processor
+
+
+def _qwen2_5_vl(dims: Dims, seed: int, corpus: Iterable[str] | None) -> tuple[Any, Any]:
+    processor = _qwen_processor(Qwen2_5_VLProcessor, Qwen2VLVideoProcessor, QWEN2, dims, corpus)
+    windowed = dims.tower_layers - 1 if dims.window else 0  # only the last layer sees the whole image
+    config = Qwen2_5_VLConfig(
+        text_config=_text(dims, QWEN2, processor.tokenizer) | {"rope_parameters": _rope(dims)},
+        vision_config=_tower(dims)
+        | {
+            "hidden_size": dims.tower,
+            "intermediate_size": dims.tower_ffn,
+            "out_hidden_size": dims.hidden,
+            "window_size": dims.window or 112,
+            "fullatt_block_indexes": list(range(windowed, dims.tower_layers)),
+        },
+        **_qwen_ids(processor.tokenizer),
+    )
+    return _init(Qwen2_5_VLForConditionalGeneration, config, seed, processor.tokenizer), processor
+
+
+def _qwen3_vl(dims: Dims, seed: int, corpus: Iterable[str] | None) -> tuple[Any, Any]:
+    patch = 16 if dims.patch == 14 else dims.patch  # 16 is the family's own; code that assumes 14 must fail
+    processor = _qwen_processor(
+        Qwen3VLProcessor, Qwen3VLVideoProcessor, QWEN3, dims, corpus, patch_size=patch,
+        image_mean=_IMAGENET_HALF, image_std=_IMAGENET_HALF,
+    )  # fmt: skip
+    rope = _rope(dims) | {"mrope_interleaved": True}
+    config = Qwen3VLConfig(
+        text_config=_text(dims, QWEN3, processor.tokenizer)
+        | {"rope_parameters": rope, "head_dim": dims.hidden // dims.heads},
+        vision_config=_tower(dims)
+        | {
+            "hidden_size": dims.tower,
+            "intermediate_size": dims.tower_ffn,
+            "out_hidden_size": dims.hidden,
+            "patch_size": patch,
+            "num_position_embeddings": 64,  # a learnt 8x8 map, interpolated to the size of the image
+            # Features of these tower layers are added to the output of the first decoder layers.
+            "deepstack_visual_indexes": list(range(min(2, dims.tower_layers))),
+        },
+        **_qwen_ids(processor.tokenizer),
+    )
+    return _init(Qwen3VLForConditionalGeneration, config, seed, processor.tokenizer), processor
+
+
+def _smolvlm(dims: Dims, seed: int, corpus: Iterable[str] | None) -> tuple[Any, Any]:
+    if importlib.util.find_spec("num2words") is None:
+        raise MmpostError(
+            "MMP-E010",
+            "'smolvlm' needs num2words, which is not installed.",
+            'Run: pip install "mmpost-toolkit[smolvlm]"',
+        )
+    tile = 4 * dims.patch
+    scale = 2
+    sizes = {"size": {"longest_edge": 2 * tile}, "max_image_size": {"longest_edge": tile}}
+    tokenizer = train(SMOLVLM, corpus)
+    processor = SmolVLMProcessor(
+        SmolVLMImageProcessor(**sizes),
+        tokenizer,
+        SmolVLMVideoProcessor(
+            **sizes, video_sampling={"max_frames": 8, "fps": 1, "video_size": {"longest_edge": tile}}
+        ),
+        image_seq_len=(tile // dims.patch // scale) ** 2,
+        chat_template=SMOLVLM.template,
+    )
+    config = SmolVLMConfig(
+        text_config=_text(dims, SMOLVLM, tokenizer) | {"model_type": "llama"},
+        vision_config={
+            "hidden_size": dims.tower,
+            "intermediate_size": dims.tower_ffn,
+            "num_hidden_layers": dims.tower_layers,
+            "num_attention_heads": dims.tower_heads,
+            "image_size": tile,
+            "patch_size": dims.patch,
+            "initializer_range": dims.tower_std,
+        },
+        scale_factor=scale,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    return _init(SmolVLMForConditionalGeneration, config, seed, tokenizer), processor
+
+
+def _qwen_processor(
+    kind: Any, video_kind: Any, style: Style, dims: Dims, corpus: Iterable[str] | None, **options: Any
+) -> Any:
+    # "Edges" are areas in pixels here, whatever the keys say.
+    options = {
+        "size": {"shortest_edge": dims.min_pixels, "longest_edge": dims.max_pixels},
+        "patch_size": dims.patch,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+    } | options
+    # Qwen3-VL counts the pixels of all frames together.
+    frames = 8 if video_kind is Qwen3VLVideoProcessor else 1
+    video_size = {"shortest_edge": dims.min_pixels, "longest_edge": dims.max_pixels * frames}
+    return kind(
+        image_processor=Qwen2VLImageProcessor(**options),
+        tokenizer=train(style, corpus),
+        video_processor=video_kind(**options | {"size": video_size}),
+        chat_template=style.template,
+    )
+
+
+def _qwen_ids(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        "video_token_id": tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        "vision_start_token_id": tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        "vision_end_token_id": tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+        "tie_word_embeddings": True,
+    }
+
+
+def _text(dims: Dims, style: Style, tokenizer: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),  # no spare rows: every id that can be sampled can be decoded
+        "hidden_size": dims.hidden,
+        "intermediate_size": dims.ffn,
+        "num_hidden_layers": dims.layers,
+        "num_attention_heads": dims.heads,
+        "num_key_value_heads": dims.heads // 2,
+        "max_position_embeddings": 32768,
+        "initializer_range": dims.std,
+        "bos_token_id": tokenizer.convert_tokens_to_ids(style.bos),
+        "eos_token_id": tokenizer.convert_tokens_to_ids(style.eos),
+        "pad_token_id": tokenizer.convert_tokens_to_ids(style.pad),
+    }
+
+
+def _rope(dims: Dims) -> dict[str, Any]:
+    """Rotary settings; the sections (time, height, width) share half a head 2:3:3, as in the released models."""
+    half = dims.hidden // dims.heads // 2
+    axis = 3 * half // 8
+    return {
+        "rope_type": "default",
+        "rope_theta": 1e4,  # conversations are short, so slow rotations would carry nothing
+        "mrope_section": [half - 2 * axis, axis, axis],
+    }
+
+
+def _tower(dims: Dims) -> dict[str, Any]:
+    return {
+        "depth": dims.tower_layers,
+        "num_heads": dims.tower_heads,
+        "patch_size": dims.patch,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "initializer_range": dims.tower_std,
+    }
+
+
+def _init(kind: Any, config: Any, seed: int, tokenizer: Any) -> Any:
+    """Draw the weights without touching the caller's random state."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(seed)
+        model = kind(config)
+    generation = model.generation_config
+    generation.bos_token_id = tokenizer.bos_token_id
+    generation.eos_token_id = tokenizer.eos_token_id
+    generation.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+Builder = Callable[[Dims, int, Iterable[str] | None], tuple[Any, Any]]
+FAMILIES: Mapping[str, Builder] = {
+    "qwen2-vl": _qwen2_vl,
+    "qwen2.5-vl": _qwen2_5_vl,
+    "qwen3-vl": _qwen3_vl,
+    "smolvlm": _smolvlm,
+}
+_NAMES: Mapping[str, tuple[str, Size]] = {
+    "tiny-vlm": ("qwen2.5-vl", "demo"),
+    **{f"tiny-{family}": (family, "test") for family in FAMILIES},
+}
