@@ -31,7 +31,8 @@ class Data:
         weight: Share of the draws.
         faults: Rows that were left out under ``skip`` or ``quarantine``.
         bad_rows: The same as plain records, to be written.
-        sha256: Of the files; empty for Python objects and tasks.
+        sha256: Of the files; empty for tasks.
+        is_task: Rows of a task carry their answers; reinforcement learning takes only the prompts.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Data:
     faults: list[MmpostError] = field(default_factory=list)
     bad_rows: list[dict[str, Any]] = field(default_factory=list)
     sha256: str = ""
+    is_task: bool = False
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -100,7 +102,7 @@ def open_source(source: Source, section: DataSection, *, seed: int) -> Data:
     if source.path.startswith(TASK_PREFIX):
         task = Catalog("tasks", TASKS).get(source.path.removeprefix(TASK_PREFIX))
         samples = task.load(source.split or "train", limit=source.limit, seed=seed)
-        return Data(source.name or task.name, samples, source.weight)
+        return Data(source.name or task.name, samples, source.weight, is_task=True)
     source = source.model_copy(update={"columns": {**section.columns, **source.columns}})
     table = read_source(source, on_bad_row=section.on_bad_row, max_bad_share=section.max_bad_share)
     return _of_table(table, source.weight)
@@ -121,13 +123,15 @@ def open_all(section: DataSection, *, seed: int) -> list[Data]:
     return [open_source(source, section, seed=seed) for source in section.train]
 
 
-def verify(data: Sequence[Data], section: DataSection, *, command: str) -> None:
-    """Look for faults before training: last roles, empty answers, ids, media files.
+def prepare(data: Sequence[Data], section: DataSection, *, command: str) -> None:
+    """Make rows fit the command and look for faults before training: last roles, empty answers, ids, media files.
 
     Rows with faults are left out when the section says so, else all faults are raised at once.
     """
     faults: list[MmpostError] = []
     for source in data:
+        if source.is_task and command == "grpo":
+            source.samples = [sample.prompt() for sample in source.samples]
         media = section.verify
         if media == "auto":
             files = len({part.ref for sample in source for part in sample.media()})

@@ -99,7 +99,7 @@ class Training:
         data = list(self.data) if self.data is not None else api_data.open_all(config.data, seed=config.train.seed)
         if self.data is not None:
             data = [item if isinstance(item, Data) else api_data.load_data(item) for item in data]
-        api_data.verify(data, config.data, command=config.command)
+        api_data.prepare(data, config.data, command=config.command)
         for source in data:
             check_columns(rewards, source.samples)
         folder = self._open_folder()

@@ -143,11 +143,12 @@ class Checker:
                 self.unknown(child, path, key, known or list(model.model_fields))
             else:
                 self._field(info, child, f"{path}.{key}" if path else key, key, values)
-        missing = [
-            name for name, info in model.model_fields.items() if info.is_required() and name not in node.value
-        ]
-        for name in missing:
-            self.problems.add(node, "MMP-C004", f"{path}: '{name}' is missing")
+        if (
+            node.value.keys() <= model.model_fields.keys()
+        ):  # else the unknown key may be the required one, misspelt
+            for name, info in model.model_fields.items():
+                if info.is_required() and name not in node.value:
+                    self.problems.add(node, "MMP-C004", f"{path}: '{name}' is missing")
         return values
 
     def unknown(self, node: Node, parent: str, key: str, known: list[str]) -> None:
@@ -168,7 +169,9 @@ class Checker:
             values[key] = self._union(info, node, path)
         elif members:
             values[key] = self.section(members[0], node, path)
-        elif item is not None and isinstance(node.value, list):
+        elif item is not None and not isinstance(node.value, list | None):
+            self.problems.add(node, "MMP-C004", f"{path}: expected a list, got {shown(node)}")
+        elif item is not None and node.value is not None:
             self.sources[path] = node.source
             values[key] = [self.section(item, child, f"{path}.{i}") for i, child in enumerate(node.value)]
         else:

@@ -35,15 +35,24 @@ def inline(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def leaves(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of all options, items of lists included, in the order of the schema."""
+def leaves(model: BaseModel, beside: BaseModel | None = None, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of all options, in the order of the schema.
+
+    Args:
+        model: A configuration or a part of it.
+        beside: Another one that it will be compared with. Lists of objects that are longer or shorter there
+            stay whole, as plain values, because their items do not correspond.
+        prefix: Put before every name.
+    """
     for name in type(model).model_fields:
-        value, path = getattr(model, name), prefix + name
+        value, path, other = getattr(model, name), prefix + name, getattr(beside, name, None)
         if isinstance(value, BaseModel):
-            yield from leaves(value, f"{path}.")
-        elif _is_items(value):
+            yield from leaves(value, other, f"{path}.")
+        elif _is_items(value) and (not isinstance(other, list) or len(other) == len(value)):
             for index, item in enumerate(value):
-                yield from leaves(item, f"{path}.{index}.")
+                yield from leaves(item, other[index] if other else None, f"{path}.{index}.")
+        elif _is_items(value):
+            yield path, [item.model_dump(exclude_unset=True) for item in value]
         else:
             yield path, value
 

@@ -17,6 +17,8 @@ from mmpost.core.errors import MmpostError
 
 _COLUMN = 32  # where the meaning starts
 
+Row = tuple[str, str]  # option=default, type and meaning
+
 
 def render(config_class: type[BaseModel], section: str | None, width: int = 80) -> str:
     """Help text of all sections, of one section with what lies inside it, or of one option.
@@ -46,17 +48,11 @@ def render(config_class: type[BaseModel], section: str | None, width: int = 80) 
         }
         if not chosen:
             return _one_option(config_class, path, blocks, width)
-    text = "\n".join(
-        f"{name}: {title}\n" + "".join(_wrapped(row, width) for row in rows)
-        for name, (title, rows) in chosen.items()
-    )
+    text = "\n".join(_block(name, *block, width) for name, block in chosen.items())
     if section is None or section == "all":
         note = "Write SECTION.OPTION=VALUE; the section may be left out where the option's name is unique."
         text = f"{textwrap.fill(note, width)}\n\n{text}"
     return text
-
-
-Row = tuple[str, str]
 
 
 def _blocks(model: type[BaseModel], path: str) -> Iterator[tuple[str, tuple[str, list[Row]]]]:
@@ -84,6 +80,10 @@ def _blocks(model: type[BaseModel], path: str) -> Iterator[tuple[str, tuple[str,
         yield path.removesuffix("."), (_title(model), rows)
     for name, member in inside:
         yield from _blocks(member, f"{name}.")
+
+
+def _block(name: str, title: str, rows: list[Row], width: int) -> str:
+    return textwrap.fill(f"{name}: {title}", width) + "\n" + "".join(_wrapped(row, width) for row in rows)
 
 
 def _title(model: type[BaseModel]) -> str:

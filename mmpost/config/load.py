@@ -166,14 +166,20 @@ def _near(name: str, known: Sequence[str]) -> str:
 
 def _near_files(path: Path) -> str:
     """What may have been meant by a missing config file: a file beside it, else a recipe of that name."""
-    there = {file.stem: str(path.parent / file.name) for file in sorted(path.parent.iterdir()) if _is_config(file)}
+    there = {
+        file.stem: str(path.parent / file.name) for file in sorted(path.parent.iterdir()) if _is_config(file)
+    }
     near = difflib.get_close_matches(path.stem, there, n=2)
     if near:
         return f"; did you mean {' or '.join(repr(there[stem]) for stem in near)}?"
     recipe = difflib.get_close_matches(_recipe_stem(str(path)), _recipe_names(), n=1, cutoff=0.75)
     if recipe:
         return f"; did you mean the recipe '{recipe[0]}'?"
-    return f"; there are: {', '.join(list(there.values())[:8])}" if there else f"; '{path.parent}' has no .yaml file"
+    return (
+        f"; there are: {', '.join(list(there.values())[:8])}"
+        if there
+        else f"; '{path.parent}' has no .yaml file"
+    )
 
 
 def _is_config(file: Path) -> bool:
@@ -200,8 +206,9 @@ class _Files:
         recipe = None if asked.exists() else _recipe(name)
         path = asked if recipe is None else recipe
         label = str(asked) if recipe is None else f"configs/{_recipe_stem(name)}.yaml"
-        place = parent or Node(None, Origin(label, self.layers))
+        place = parent or Node(None, Origin(label, self.layers + 1))
         if not path.is_file():
+            self.layers += 1
             self._missing(place, asked, parent)
             return Node({}, place.origin)
         if path.resolve() in open_files:

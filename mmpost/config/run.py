@@ -54,13 +54,15 @@ class _CommandConfig(RunConfig):
         return to_yaml(self, {}, {})
 
     def diff(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
-        """Options that differ, as dotted name: (here, there); None where an option is missing on one side."""
-        here, there = dict(leaves(self)), dict(leaves(other))
-        names = [*here, *(name for name in there if name not in here)]
+        """Options that differ, as dotted name: (here, there); None where an option is missing on one side.
+
+        Lists of sources or rewards are compared item by item when they are equally long, else as a whole.
+        """
+        here, there = dict(leaves(self, other)), dict(leaves(other, self))
         absent = object()
         return {
             name: (here.get(name), there.get(name))
-            for name in names
+            for name in [*here, *(name for name in there if name not in here)]
             if here.get(name, absent) != there.get(name, absent)
         }
 

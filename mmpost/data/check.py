@@ -1,32 +1,28 @@
-"""What is wrong with readable rows, and what a data set holds. No model is needed."""
+"""What is wrong with rows that can be read, in themselves and together. No model is needed."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
-
-import numpy as np
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from mmpost.core.errors import MmpostError
 from mmpost.core.sample import Part, Sample, Turn
+from mmpost.data.overview import summary, summary_lines
 from mmpost.data.readers.preference import ANSWERS
 from mmpost.data.readers.prompts import PAIRS
-from mmpost.data.source import Table
 from mmpost.media import image
-from mmpost.media.ref import inline_bytes, locate
+from mmpost.media.ref import inline_bytes, local_path, locate
+
+__all__ = ["check", "leakage", "summary", "summary_lines"]
 
 Command = Literal["sft", "grpo"]
 MediaCheck = Literal["none", "exists", "decode"]
 IdScope = dict[tuple[str, str], str]
 
 _NEEDS = "sft needs assistant, grpo needs user"
-_ORIGIN = re.compile(r"(.*?:\d+): ")
 _LEAKS_LISTED = 3
-_LONGEST = 5
 
 
 def check(
@@ -116,7 +112,7 @@ def _identity(sample: Sample, seen: IdScope) -> list[MmpostError]:
 
 
 def _media(sample: Sample, depth: MediaCheck, intact: set[str], roots: Sequence[str]) -> list[MmpostError]:
-    """Faults of one row's media; a file found good is not looked at again, a bad one is named in every row."""
+    """Faults of one row's media; a good file is looked at once, a bad one is named in every row."""
     faults = []
     for part in sample.media():
         if part.kind == "action" or part.ref is None or part.ref in intact:
@@ -140,18 +136,15 @@ def _look_at(part: Part, origin: str, depth: MediaCheck, roots: Sequence[str]) -
 
 
 def _exists(ref: str, kind: str, origin: str, roots: Sequence[str]) -> None:
-    # The reader has put the folder in front already; the roots are only named.
-    if not os.path.exists(ref):
-        locate(_written(ref, roots), kind=kind, origin=origin, roots=roots)
-
-
-def _written(ref: str, roots: Sequence[str]) -> str:
-    """The path without the root that the reader put in front."""
-    for root in roots:
-        prefix = os.path.join(root, "") if root else ""
-        if prefix and ref.startswith(prefix):
-            return ref[len(prefix) :]
-    return ref
+    """Raise MMP-D007 or MMP-D035 unless the file is there. The reader has put its folder in front already."""
+    if os.path.exists(local_path(ref)):
+        return
+    folder = os.path.dirname(origin.rpartition(":")[0])
+    if not roots and folder and ref.startswith(os.path.join(folder, "")):
+        roots = (folder, "")  # what the reader does without a media_root
+    root = next((root for root in roots if root and ref.startswith(os.path.join(root, ""))), None)
+    written = ref if root is None else ref[len(os.path.join(root, "")) :]
+    locate(written, kind=kind, origin=origin, roots=roots)
 
 
 def leakage(train: Iterable[Sample], evaluation: Iterable[Sample]) -> MmpostError | None:
@@ -160,7 +153,9 @@ def leakage(train: Iterable[Sample], evaluation: Iterable[Sample]) -> MmpostErro
     Rows are the same when turns and media are, wherever the media path starts. A row without an answer is
     compared with the other row's prompt, since evaluation often keeps the answer in a column.
     """
-    asked, answered, unanswered = {}, {}, {}
+    asked: dict[str, str] = {}
+    answered: dict[str, str] = {}
+    unanswered: dict[str, str] = {}
     for sample in map(_with_real_paths, train):
         prompt = sample.prompt().content_hash()
         asked.setdefault(prompt, sample.origin)
@@ -208,90 +203,3 @@ def _with_real_path(part: Part) -> Part:
     if isinstance(part.ref, str) and part.kind != "action" and os.path.exists(part.ref):
         return dataclasses.replace(part, ref=os.path.realpath(part.ref))
     return part
-
-
-def summary(
-    tables: Sequence[Table],
-    faults: Sequence[MmpostError] = (),
-    *,
-    count_tokens: Callable[[Sample], Mapping[str, int]] | None = None,
-) -> dict[str, Any]:
-    """What ``mmpost data check`` prints, ready for JSON.
-
-    Args:
-        tables: The sources.
-        faults: What ``check`` and ``leakage`` found in them, beside the tables' own faults.
-        count_tokens: Tokens of a row by kind, for example ``{"text": 40, "image": 256}``; None leaves tokens
-            out.
-
-    Returns:
-        ``sources``: one object per table with ``name, path, sha256, rows, bad, by_code, media, chars, tokens,
-        longest``; ``total``: ``rows, bad, by_code, media``. ``chars`` and each kind in ``tokens`` hold p50,
-        p90, p99 and max; ``longest`` lists the five longest rows, by tokens if counted, else by characters.
-    """
-    sources = [_summary_of(table, faults, count_tokens) for table in tables]
-    everything = [fault for table in tables for fault in table.faults] + list(faults)
-    media: Counter[str] = Counter()
-    for source in sources:
-        media.update(source["media"])
-    total = {
-        "rows": sum(source["rows"] for source in sources),
-        "bad": sum(source["bad"] for source in sources),
-        "by_code": _by_code(everything),
-        "media": dict(media),
-    }
-    return {"sources": sources, "total": total}
-
-
-def _summary_of(
-    table: Table,
-    faults: Sequence[MmpostError],
-    count_tokens: Callable[[Sample], Mapping[str, int]] | None,
-) -> dict[str, Any]:
-    origins = {sample.origin for sample in table.samples}
-    checked = [fault for fault in faults if _origin(fault) in origins]
-    mine = [*table.faults, *checked]
-    chars = [sum(len(turn.text) for turn in sample.turns) for sample in table.samples]
-    tokens = None if count_tokens is None else [dict(count_tokens(sample)) for sample in table.samples]
-    lengths = chars if tokens is None else [sum(counts.values()) for counts in tokens]
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))[:_LONGEST]
-    return {
-        "name": table.name,
-        "path": table.path,
-        "sha256": table.sha256,
-        "rows": table.rows,
-        "bad": len({_origin(fault) for fault in table.faults}) + len({_origin(fault) for fault in checked}),
-        "by_code": _by_code(mine),
-        "media": dict(Counter(part.kind for sample in table.samples for part in sample.media())),
-        "chars": quantiles(chars),
-        "tokens": None if tokens is None else _token_quantiles(tokens, lengths),
-        "longest": [
-            {"origin": table.samples[i].origin, "id": table.samples[i].id, "length": lengths[i]}
-            for i in order
-        ],
-    }
-
-
-def _origin(fault: MmpostError) -> str | None:
-    match = _ORIGIN.match(fault.what)
-    return match[1] if match else None
-
-
-def _by_code(faults: Iterable[MmpostError]) -> dict[str, int]:
-    return dict(sorted(Counter(fault.code for fault in faults).items()))
-
-
-def _token_quantiles(
-    tokens: Sequence[Mapping[str, int]], lengths: Sequence[int]
-) -> dict[str, dict[str, int]]:
-    kinds = sorted({kind for counts in tokens for kind in counts})
-    by_kind = {kind: quantiles([counts.get(kind, 0) for counts in tokens]) for kind in kinds}
-    return {**by_kind, "total": quantiles(lengths)}
-
-
-def quantiles(values: Sequence[int]) -> dict[str, int]:
-    """p50, p90, p99 and max of counts, each a value that occurs; all 0 when there are none."""
-    if not values:
-        return {"p50": 0, "p90": 0, "p99": 0, "max": 0}
-    found = np.quantile(np.asarray(values), [0.5, 0.9, 0.99, 1.0], method="inverted_cdf")
-    return dict(zip(("p50", "p90", "p99", "max"), map(int, found), strict=True))

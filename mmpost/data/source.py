@@ -33,7 +33,7 @@ class Table:
         path: Where they came from, as shown to people.
         rows: Rows read, good and bad.
         sha256: Hash of the file, or of the files' hashes, or of the samples when there is no file.
-        bad_rows: One JSON-ready object per bad row: file, row, code, reason, raw.
+        bad_rows: One JSON-ready object per bad row: origin, code, reason, raw.
         roots: Folders that relative media paths were looked up in.
     """
 
@@ -119,7 +119,9 @@ def read_rows(
         path=name,
         name=name,
         roots=(media_root,) if media_root else (),
-        options=Source(path=name, format=format, columns=dict(columns or {}), system=system, limit=limit),
+        options=Source.model_validate(
+            {"path": name, "format": format, "columns": dict(columns or {}), "system": system, "limit": limit}
+        ),
         policy=on_bad_row,
         max_bad_share=max_bad_share,
         extra_columns=extra_columns,
@@ -185,7 +187,7 @@ def _read(
         sample = read(row) if not row.faults else None
         if row.faults or sample is None:
             table.faults += row.faults
-            table.bad_rows.append(_bad_row(one, row.faults))
+            table.bad_rows.append(_bad_row(one, row))
         else:
             table.samples.append(_completed(sample, options.system, extra_columns))
     if table.rows == 0:
@@ -257,15 +259,9 @@ def _apply(policy: Policy, table: Table, max_bad_share: float) -> None:
         )
 
 
-def _bad_row(one: RawRow, faults: Sequence[MmpostError]) -> dict[str, Any]:
-    reason = str(faults[0] if len(faults) == 1 else ManyErrors(list(faults)))
-    return {
-        "file": one.file,
-        "row": one.number,
-        "code": faults[0].code,
-        "reason": reason,
-        "raw": _plain(one.value),
-    }
+def _bad_row(one: RawRow, row: Row) -> dict[str, Any]:
+    reason = str(ManyErrors(row.faults))
+    return {"origin": row.origin, "code": row.faults[0].code, "reason": reason, "raw": _plain(one.value)}
 
 
 def _plain(value: Any) -> Any:

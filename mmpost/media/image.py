@@ -32,6 +32,7 @@ _DECODE_ERRORS = (
     KeyError,
     TypeError,
     OverflowError,
+    RuntimeError,
     struct.error,
     zlib.error,
 )
@@ -105,7 +106,10 @@ def _open(file: BinaryIO, ref: str | bytes, origin: str) -> Image.Image:
     try:
         return Image.open(file, formats=_formats())
     except Image.DecompressionBombError as error:
-        raise _too_large(ref, _announced_size(file), origin) from error
+        announced = _announced_size(file)
+        if announced is None:
+            raise undecodable("image", ref, "Pillow", _why(error), origin=origin) from error
+        raise _too_large(ref, announced, origin) from error
     except UnidentifiedImageError as error:
         file.seek(0)
         head = file.read(8)
@@ -115,8 +119,8 @@ def _open(file: BinaryIO, ref: str | bytes, origin: str) -> Image.Image:
         raise undecodable("image", ref, "Pillow", _why(error), origin=origin) from error
 
 
-def _announced_size(file: BinaryIO) -> tuple[int, int]:
-    """Size in the header of a file that ``Image.open`` refuses as too large; (0, 0) if no plug-in tells.
+def _announced_size(file: BinaryIO) -> tuple[int, int] | None:
+    """Size in the header of a file that ``Image.open`` refuses as too large; None if no plug-in tells.
 
     The refusal itself names only the number of pixels, so the plug-ins are asked directly.
     """
@@ -128,9 +132,9 @@ def _announced_size(file: BinaryIO) -> tuple[int, int]:
         file.seek(0)
         try:
             return factory(file, "").size
-        except (SyntaxError, IndexError, TypeError, struct.error, OSError):
+        except (*_DECODE_ERRORS, Image.DecompressionBombError):
             continue
-    return 0, 0
+    return None
 
 
 def _orientation(image: Image.Image) -> int:

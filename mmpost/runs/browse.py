@@ -121,7 +121,7 @@ def compare_tables(result: dict[str, Any]) -> list[Table]:
     for title, rows in (("options that differ", result["config"]), ("last values", result["metrics"])):
         table = Table(title=title, box=None, pad_edge=False, header_style="dim", title_justify="left")
         table.add_column("key", overflow="fold")
-        for name in result["names"]:
+        for name in _headings(*result["names"]):
             table.add_column(Text(name), overflow="fold", justify="right")
         if title == "last values":
             table.add_column("difference", justify="right")
@@ -172,6 +172,12 @@ def _runs(root: Path, depth: int) -> Iterator[Path]:
                 and not entry.name.startswith(".")
             ):
                 yield from _runs(Path(entry.path), depth - 1)
+
+
+def _headings(first: str, second: str) -> tuple[str, str]:
+    """Folder names, or whole paths when those are equal; paths would leave values no room in 80 columns."""
+    names = Path(first).name, Path(second).name
+    return names if names[0] != names[1] else (first, second)
 
 
 def _kind(command: str) -> str:

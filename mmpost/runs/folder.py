@@ -22,6 +22,12 @@ from mmpost.runs.thumbs import write_thumb
 
 Status = Literal["finished", "interrupted", "failed"]
 LOGS = ("metrics.jsonl", "events.jsonl")
+# Everything that a run writes; a folder with other files may still become a run folder.
+WRITTEN = {
+    *LOGS,
+    *("config.yaml", "command.txt", "env.json", "git.patch", "data_manifest.json", "status.json", "bad_rows.jsonl"),
+    *("samples", "eval", "checkpoints", "final", "report.html"),
+}
 
 
 class RunFolder:
@@ -56,16 +62,18 @@ class RunFolder:
         folder = Path(path)
         _probe(folder)
         entries = list(folder.iterdir())
-        if entries and not is_run(folder):
+        holds_run = is_run(folder)
+        taken = [entry.name for entry in entries if overwrite or entry.name in WRITTEN]
+        if taken and not holds_run:
             raise MmpostError(
                 "MMP-E022",
-                f"output folder '{folder}' is not empty and holds no run; its files are never deleted.",
+                f"output folder '{folder}' holds '{taken[0]}' but no run; its files are never deleted.",
                 "Choose another train.output_dir.",
             )
-        if entries and overwrite:
+        if overwrite and holds_run:
             _empty(folder, entries)
-            entries = []
-        if entries:
+            holds_run = False
+        if holds_run:
             _same_config(folder, config_yaml)
             status = read_json(folder / "status.json").get("status")
             run = cls(folder, resuming=status != "finished", finished=status == "finished")

@@ -210,7 +210,7 @@ class Progress:
         shown += [key for key in self._last if key not in names and key.split(".")[0] not in HIDDEN]
         shown = (["lr"] if "lr" in self._last else []) + shown
         table = Table.grid(padding=(0, 2))
-        cells = [self._cell(key, names.get(key, key)) for key in shown[:MAX_METRICS]]
+        cells = [self._cell(key, names.get(key) or _short(key)) for key in shown[:MAX_METRICS]]
         for start in range(0, len(cells), 3):
             table.add_row(*cells[start : start + 3])
         return table
@@ -243,10 +243,15 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
+def _short(key: str) -> str:
+    """``format`` of ``reward.by_name.format``, ``digits accuracy`` of ``eval.digits.accuracy``."""
+    return key.removeprefix("reward.by_name.").removeprefix("eval.").replace(".", " ")
+
+
 def _value(value: float) -> str:
     if value == int(value) and abs(value) < 1e5:
         return str(int(value))
-    return f"{value:.3f}" if 0.01 <= abs(value) < 100 else number(value)
+    return f"{value:.3f}" if 0.01 <= abs(value) < 100 else number(float(f"{value:.3g}"))
 
 
 def _rate(value: float) -> str:

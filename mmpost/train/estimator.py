@@ -61,7 +61,7 @@ class Counts:
 
 
 def aggregation_weight(name: Aggregate, row: Tensor, row_lengths: Tensor, counts: Counts) -> Tensor:
-    """Share w of each position in the step's mean, ``[M]`` float32.
+    """Share w of each position in the step's mean, ``[M]`` float64.
 
     Args:
         name: ``token`` 1/N, ``seq_mean`` 1/(R* n_row), ``const`` 1/(R* max_length), ``seq_sum`` 1/R*.
@@ -70,13 +70,10 @@ def aggregation_weight(name: Aggregate, row: Tensor, row_lengths: Tensor, counts
         counts: Sizes of the whole step, so that splitting it changes nothing.
     """
     rows = max(counts.rows, 1)
-    if name == "token":
-        return torch.full(row.shape, 1.0 / max(counts.positions, 1), device=row.device)
     if name == "seq_mean":
-        return 1.0 / (rows * row_lengths.clamp(min=1)[row].float())
-    if name == "const":
-        return torch.full(row.shape, 1.0 / (rows * counts.max_length), device=row.device)
-    return torch.full(row.shape, 1.0 / rows, device=row.device)
+        return 1.0 / (rows * row_lengths.clamp(min=1)[row].double())
+    share = {"token": 1.0 / max(counts.positions, 1), "const": 1.0 / (rows * counts.max_length), "seq_sum": 1.0 / rows}
+    return torch.full(row.shape, share[name], device=row.device, dtype=torch.float64)
 
 
 def coefficient(weight: Tensor, terms: Terms) -> Tensor:

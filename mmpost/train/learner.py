@@ -90,9 +90,9 @@ class Learner:
         batch = self.adapter.collate([row.encoded for row in rows]).to(self.processes.device)
         logp, entropy = self.policy(batch, self.temperature)
         positions, lengths = self._positions(rows, logp, batch.row)
-        weight = estimator.aggregation_weight(self.parts.aggregate, batch.row, lengths, counts)
+        weight = estimator.aggregation_weight(self.parts.aggregate, batch.row, lengths, counts).to(logp.dtype)
         said = terms(self.parts, positions)
-        kappa = estimator.coefficient(weight.to(logp.dtype), said)
+        kappa = estimator.coefficient(weight, said)
         if not active:
             kappa = torch.zeros_like(kappa)
         loss = estimator.surrogate(logp, kappa)

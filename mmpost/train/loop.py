@@ -169,8 +169,10 @@ class Loop:
         if self.likelihood:
             values: dict[str, Any] = {"loss": metrics["nll"]}
         else:
-            values = {"loss": -metrics["objective"], "surrogate": metrics["surrogate"], "kl": metrics["kl"]}
+            values = {"loss": -metrics["objective"], "surrogate": metrics["surrogate"]}
             values |= {"clip_share": metrics["removed"], "logp_gap": metrics["gap"]}
+            if self.learner.parts.beta:
+                values["kl"] = metrics["kl"]
         values |= {"entropy": metrics["entropy"], "grad_norm": metrics["grad_norm"], **known, "phase_s": phases}
         for name, value in _flat(values):
             if value is not None:

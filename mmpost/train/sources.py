@@ -166,6 +166,8 @@ class Completions:
         return {
             **sample_record(group.prompt, rollout.text, tokens=len(rollout.tokens)),
             "rewards": dict(rollout.score_parts),
+            "score": rollout.score,
+            "correct": rollout.score_parts.get(self.rewards[0].name),
             "advantage": None if np.isnan(advantage) else round(float(advantage), 4),
             "truncated": rollout.truncated,
         }

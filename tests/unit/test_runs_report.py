@@ -149,7 +149,7 @@ def make_run(tmp_path):
 class Checker(HTMLParser):
     """Collects what a browser would load, and checks that elements close in order."""
 
-    VOID = {"meta", "img"}
+    VOID = frozenset({"meta", "img"})
 
     def __init__(self) -> None:
         super().__init__()

@@ -61,8 +61,11 @@ def _answer(row: Row, name: str) -> list[Any]:
 
 def _history(row: Row) -> list[Any]:
     """Earlier rounds of a pair, ``[[question, answer], ...]``."""
-    messages = []
-    for round_ in row.values.get("history") or ():
+    history, messages = row.values.get("history"), []
+    if not isinstance(history, list | tuple | None):
+        row.wrong_shape("'history'", history, "a list of questions and answers")
+        return []
+    for round_ in history or ():
         if not isinstance(round_, list | tuple) or len(round_) != 2:
             row.wrong_shape("an entry of 'history'", round_, "a question and an answer")
             return []
