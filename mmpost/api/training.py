@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class Training:
         config: All options.
         command: Command line in words, for the run folder.
         config_yaml: Resolved configuration with sources; default the configuration itself.
+        sources: Where options were written, for messages.
         model: An open model instead of ``config.model``.
         data: Open sources instead of ``config.data.train``.
         rewards: Reward functions or names instead of ``config.rewards``.
@@ -63,11 +64,12 @@ class Training:
         *,
         command: Sequence[str] = (),
         config_yaml: str | None = None,
+        sources: Mapping[str, str] | None = None,
         model: LoadedModel | None = None,
         data: Sequence[Data] | None = None,
         rewards: Sequence[str | Callable[..., Any]] | None = None,
     ) -> None:
-        self.config, self.command = config, command
+        self.config, self.command, self.origins = config, command, sources
         self.config_yaml = config_yaml or config.to_yaml()
         self.model, self.data, self.reward_choice = model, data, rewards
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -87,7 +89,7 @@ class Training:
             Interrupted: After Ctrl-C, with a checkpoint written.
         """
         config, processes = self.config, self.processes
-        check_batch(config, processes.world)
+        check_batch(config, processes.world, self.origins)
         parts = self._parts()
         specs: list[Any] = []
         if isinstance(config, GRPOConfig):

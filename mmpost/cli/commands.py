@@ -68,7 +68,12 @@ def _train(config_class: type[SFTConfig] | type[GRPOConfig], args: list[str]) ->
 
     from mmpost.api.training import Training
 
-    training = Training(loaded.config, command=["mmpost", name, *args], config_yaml=resolved_yaml(loaded))
+    training = Training(
+        loaded.config,
+        command=["mmpost", name, *args],
+        config_yaml=resolved_yaml(loaded),
+        sources=loaded.sources,
+    )
     finished = (training.output / "status.json").is_file()
     output = training.run()
     if training.processes.is_main:
