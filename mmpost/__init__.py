@@ -20,7 +20,17 @@ _PUBLIC = {
     "load_model": "mmpost.api.model",
     "evaluate": "mmpost.api.evaluate",
 }
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [
+    "GRPOConfig",
+    "GRPOTrainer",
+    "MmpostError",
+    "SFTConfig",
+    "SFTTrainer",
+    "__version__",
+    "evaluate",
+    "load_data",
+    "load_model",
+]
 
 if TYPE_CHECKING:
     from mmpost.api.data import load_data as load_data

@@ -103,7 +103,7 @@ class VisionAdapter:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _render(self, turns: Sequence[Turn], *, generate: bool) -> str:
-        messages = [
+        messages: list[dict[str, Any]] = [
             {
                 "role": turn.role,
                 "content": [
@@ -216,8 +216,8 @@ class VisionAdapter:
         if total > self.max_length:
             raise MmpostError(
                 "MMP-D014",
-                f"{sample.origin}: {total} tokens (text {total - placeholders}, image {placeholders}, video 0, audio 0) "
-                f"exceed data.max_length {self.max_length}. Media spans are never cut.",
+                f"{sample.origin}: {total} tokens (text {total - placeholders}, image {placeholders}, "
+                f"video 0, audio 0) exceed data.max_length {self.max_length}. Media spans are never cut.",
                 f"Options: data.max_length={-(-total // 64) * 64}, data.media.max_pixels, or data.on_long=drop",
             )
 

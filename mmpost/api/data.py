@@ -6,15 +6,15 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from mmpost_tasks import TASKS
 from mmpost.config.schema import DataSection, Source
 from mmpost.core.catalog import Catalog
 from mmpost.core.errors import MmpostError, raise_all
 from mmpost.core.sample import Sample
 from mmpost.data import check
 from mmpost.data.source import Table, read_rows, read_source
+from mmpost_tasks import TASKS
 
 TASK_PREFIX = "task:"
 # ``data.verify=auto`` decodes every file up to this many, and only looks for them beyond.
@@ -61,7 +61,7 @@ def load_data(
     columns: dict[str, str] | None = None,
     limit: int | None = None,
     weight: float = 1.0,
-    on_bad_row: str = "error",
+    on_bad_row: Literal["error", "skip", "quarantine"] = "error",
 ) -> Data:
     """Read training or prompt rows.
 
@@ -86,13 +86,13 @@ def load_data(
             limit=limit,
             weight=weight,
         )
-        return open_source(source, DataSection(on_bad_row=on_bad_row), seed=0)  # type: ignore[arg-type]
+        return open_source(source, DataSection(on_bad_row=on_bad_row), seed=0)
     table = read_rows(
         data,
         columns=columns,
         media_root=str(media_root) if media_root else None,
         limit=limit,
-        on_bad_row=on_bad_row,  # type: ignore[arg-type]
+        on_bad_row=on_bad_row,
     )
     return _of_table(table, weight)
 
@@ -123,7 +123,7 @@ def open_all(section: DataSection, *, seed: int) -> list[Data]:
     return [open_source(source, section, seed=seed) for source in section.train]
 
 
-def prepare(data: Sequence[Data], section: DataSection, *, command: str) -> None:
+def prepare(data: Sequence[Data], section: DataSection, *, command: Literal["sft", "grpo"]) -> None:
     """Make rows fit the command and look for faults before training: last roles, empty answers, ids, media files.
 
     Rows with faults are left out when the section says so, else all faults are raised at once.

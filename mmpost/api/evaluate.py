@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmpost_tasks import TASKS
 from mmpost.api.model import load_model
 from mmpost.config.schema import RewardSpec
 from mmpost.core.catalog import Catalog
@@ -16,6 +15,7 @@ from mmpost.eval import harness
 from mmpost.models.load import LoadedModel
 from mmpost.rewards.score import resolve
 from mmpost.runs.folder import RunFolder
+from mmpost_tasks import TASKS
 
 EVAL_SPLIT = "heldout"
 

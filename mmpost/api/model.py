@@ -39,12 +39,14 @@ def load_model(
     options: dict[str, Any] = {} if freeze is None else {"freeze": freeze}
     section = ModelSection(
         model_name_or_path=name,
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype,
         revision=revision,
         trust_remote_code=trust_remote_code,
         **options,
     )
-    return load(section, peft=settings(peft), media=MediaSection(max_pixels=max_pixels), max_length=max_length, seed=seed)
+    return load(
+        section, peft=settings(peft), media=MediaSection(max_pixels=max_pixels), max_length=max_length, seed=seed
+    )
 
 
 def settings(peft: str | dict[str, Any] | LoraSettings | FullSettings | None) -> LoraSettings | FullSettings | None:

@@ -65,7 +65,7 @@ class _Trainer:
             "rows": sum(len(source) for source in data),
             "tokens_per_row": {f"p{q}": int(np.quantile(lengths, q / 100)) for q in (50, 90, 99, 100)},
             "trained_share": float(sum(row.num_trained for row in rows) / max(lengths.sum(), 1)),
-            "steps": self._training._steps(list(data))[0],
+            "steps": self._training._steps(list(data)),
             "params": self.model.policy.num_parameters(),
             "trainable_params": trainable,
             # Gradient 4 bytes, AdamW moments 8 bytes per trained weight; activations are not in here.

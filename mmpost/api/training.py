@@ -19,7 +19,7 @@ from mmpost.api import data as api_data
 from mmpost.api.data import Data
 from mmpost.api.evaluate import evaluate
 from mmpost.config.run import GRPOConfig, SFTConfig, check_batch
-from mmpost.config.schema import LoraSettings, RewardSpec
+from mmpost.config.schema import RewardSpec
 from mmpost.core.batch import Encoded
 from mmpost.core.catalog import Catalog
 from mmpost.core.errors import MmpostError
@@ -27,7 +27,7 @@ from mmpost.core.sample import Sample
 from mmpost.models.load import LoadedModel, load
 from mmpost.models.policy import Policy
 from mmpost.rewards.score import check_columns, resolve
-from mmpost.runs.folder import RunFolder
+from mmpost.runs.folder import RunFolder, Status
 from mmpost.runs.live import Progress
 from mmpost.runs.report import write_report
 from mmpost.train import checkpoint
@@ -110,7 +110,7 @@ class Training:
         torch.manual_seed(config.train.seed)
         model = self._load_model()
         loop, progress = self._build(model, data, rewards, parts, folder)
-        status = "failed"
+        status: Status = "failed"
         try:
             loop.run()
             self._finish(loop, folder)
@@ -122,7 +122,7 @@ class Training:
             if progress is not None:
                 progress.stop()
             if folder is not None:
-                folder.finish(status, loop.state.step)  # type: ignore[arg-type]
+                folder.finish(status, loop.state.step)
                 _report(folder)
             processes.close()
         return self.output
@@ -141,7 +141,8 @@ class Training:
 
     def _open_folder(self) -> RunFolder | None:
         """Open on the first process; all processes see the same outcome."""
-        folder, outcome = None, None
+        folder: RunFolder | None = None
+        outcome: Any = None
         if self.processes.is_main:
             try:
                 folder = RunFolder.open(
@@ -202,7 +203,7 @@ class Training:
             model = replace(resumed, base=model.base)
             self.model = model
         stream = self._stream(model, data)
-        total_steps, updates = self._steps(data)
+        total_steps = self._steps(data)
         weights = [p for p in model.policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             weights,
@@ -210,7 +211,7 @@ class Training:
             betas=(train.adam_beta1, train.adam_beta2),
             weight_decay=train.weight_decay,
         )
-        policy, optimizer = processes.prepare(model.policy, optimizer)
+        policy = processes.prepare(model.policy)
         grpo = config.grpo if isinstance(config, GRPOConfig) else None
         learner = Learner(
             policy,
@@ -315,20 +316,17 @@ class Training:
             self.processes.world * train.per_device_train_batch_size * (train.gradient_accumulation_steps or 1)
         )
 
-    def _steps(self, data: list[Data]) -> tuple[int, int]:
-        """Optimiser steps of the run, and steps per rollout batch."""
+    def _steps(self, data: list[Data]) -> int:
+        """Optimiser steps of the run."""
         config = self.config
         rows = sum(len(source) for source in data)
         if isinstance(config, GRPOConfig):
             updates = config.grpo.mini_batches * config.grpo.num_iterations
             batches = math.ceil(config.train.num_train_epochs * rows / config.grpo.prompts_per_step)
-            return config.train.max_steps or max(1, batches * updates), updates
-        steps = math.ceil(config.train.num_train_epochs * rows / self._rows_per_step())
-        return config.train.max_steps or max(1, steps), 1
+            return config.train.max_steps or max(1, batches * updates)
+        return config.train.max_steps or max(1, math.ceil(config.train.num_train_epochs * rows / self._rows_per_step()))
 
-    def _progress(
-        self, model: LoadedModel, total: int, data: list[Data], folder: RunFolder | None
-    ) -> Progress | None:
+    def _progress(self, model: LoadedModel, total: int, data: list[Data], folder: RunFolder | None) -> Progress | None:
         if folder is None:
             return None
         left_out = api_data.write_bad_rows(folder.path / "bad_rows.jsonl", data)
@@ -399,13 +397,13 @@ class _Encode:
 
     def __call__(self, sample: Sample) -> Encoded:
         if self.loss_on is None:
-            return self.adapter.encode_prompt(sample.prompt())  # type: ignore[no-any-return]
-        return self.adapter.encode(sample, loss_on=self.loss_on)  # type: ignore[no-any-return]
+            return self.adapter.encode_prompt(sample.prompt())
+        return self.adapter.encode(sample, loss_on=self.loss_on)
 
 
 def _report(folder: RunFolder) -> None:
     """Write the report; a run that trained must not fail because its report does."""
     try:
         write_report(folder.path)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         folder.event("report", f"the report could not be written: {type(error).__name__}: {error}")

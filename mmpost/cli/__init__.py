@@ -37,7 +37,7 @@ def run(argv: list[str]) -> int:
         return 130
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
-    except Exception as error:  # noqa: BLE001 - the outer edge: nothing may reach the user as a traceback
+    except Exception as error:
         return _unexpected(error)
     return 0
 

@@ -100,13 +100,14 @@ def resume(run: Annotated[Path, typer.Argument(help="run folder")]) -> None:
     config = run / "config.yaml"
     if not config.is_file():
         raise MmpostError("MMP-E023", f"'{run}' is no run folder: it has no config.yaml.", "See mmpost runs list.")
-    words = (run / "command.txt").read_text().split() if (run / "command.txt").is_file() else []
-    config_class = GRPOConfig if "grpo" in words[:4] else SFTConfig
+    text = config.read_text()
+    # Only a GRPO configuration has a section of that name.
+    config_class: type[SFTConfig] | type[GRPOConfig] = GRPOConfig if "\ngrpo:" in f"\n{text}" else SFTConfig
     loaded = load(config_class, [config], [f"train.output_dir={run}", "train.overwrite=false"])
 
     from mmpost.api.training import Training
 
-    output = Training(loaded.config, command=["mmpost", "resume", str(run)], config_yaml=config.read_text()).run()
+    output = Training(loaded.config, command=["mmpost", "resume", str(run)], config_yaml=text).run()
     sys.stderr.write(f"done: {output / 'final'}  report: {output / 'report.html'}\n")
 
 
@@ -127,9 +128,7 @@ def evaluate(
         if sys.stderr.isatty():
             sys.stderr.write(f"\r{done}/{total} answers{'' if done < total else chr(10)}")
 
-    results = run(
-        model, tasks, limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=show
-    )
+    results = run(model, tasks, limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=show)
     if out is not None:
         results.save_samples(out)
     if as_json:

@@ -117,7 +117,8 @@ def _stage(
     except MmpostError as error:
         if error.code != "MMP-E021":
             raise
-        raise MmpostError(error.code, error.what, f"Delete '{folder}' to run the demo again from the start.") from error
+        again = f"Delete '{folder}' to run the demo again from the start."
+        raise MmpostError(error.code, error.what, again) from error
     file = folder / "eval" / f"{TASK}.json"
     rows = [json.loads(line) for line in file.with_suffix(".samples.jsonl").read_text().splitlines()]
     last = json.loads([line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"time"' in line][-1])
@@ -131,8 +132,8 @@ def _scores(results: Results) -> list[float]:
 def _summary(chains: list[dict[str, StageResult]], seeds: list[int], params: int, seconds: float) -> dict[str, Any]:
     """Accuracies per stage, and the paired gain of reinforcement learning.
 
-    One seed: Wilson interval per stage, paired bootstrap over held-out rows for the gain. Several: Wilson interval of the
-    mean accuracy, Student interval over seeds for the gain.
+    One seed: Wilson interval per stage, paired bootstrap over held-out rows for the gain. Several: Wilson interval of
+    the mean accuracy, Student interval over seeds for the gain.
     """
     n = len(chains[0]["init"].scores)
     stages = []

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmpost_tasks import TASKS
-from mmpost_tasks.export import write_jsonl
 from mmpost.core.catalog import Catalog
 from mmpost.core.errors import MmpostError
+from mmpost_tasks import TASKS
+from mmpost_tasks.export import write_jsonl
 
 KINDS = ("sft", "grpo", "eval", "all")
 ROWS = 200
@@ -82,7 +82,9 @@ def write_project(folder: Path, kind: str) -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
         commands = _write(folder, kind)
     except OSError as error:
-        raise MmpostError("MMP-E024", f"cannot write to '{folder}': {error.strerror}.", "Name another folder.") from error
+        raise MmpostError(
+            "MMP-E024", f"cannot write to '{folder}': {error.strerror}.", "Name another folder."
+        ) from error
     return [f"wrote {folder}", f"cd {folder}", *commands]
 
 

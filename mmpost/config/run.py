@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator
 
@@ -19,13 +19,13 @@ _TIMES = "\N{MULTIPLICATION SIGN}"
 _VALID = "Valid gradient_accumulation_steps with this micro-batch:"
 
 
-class _CommandConfig(RunConfig):
+class CommandConfig(RunConfig):
     """What the configurations of all commands can do."""
 
     # A command needs one of these classes; building the validators of the others would slow down every start.
     model_config = ConfigDict(defer_build=True)
 
-    command: ClassVar[str]
+    command: ClassVar[Literal["sft", "grpo"]]
 
     def __init__(self, **values: Any) -> None:
         """Take sections and bare option names alike.
@@ -67,7 +67,7 @@ class _CommandConfig(RunConfig):
         }
 
 
-class SFTConfig(_CommandConfig):
+class SFTConfig(CommandConfig):
     """Supervised fine-tuning.
 
     >>> config = SFTConfig(output_dir="runs/first", max_steps=20, learning_rate=1e-4)
@@ -75,17 +75,17 @@ class SFTConfig(_CommandConfig):
     20
     """
 
-    command: ClassVar[str] = "sft"
+    command: ClassVar[Literal["sft", "grpo"]] = "sft"
 
 
-class GRPOConfig(_CommandConfig):
+class GRPOConfig(CommandConfig):
     """Reinforcement learning with verifiable rewards.
 
     >>> GRPOConfig(num_generations=4, rewards="format").rewards[0].name
     'format'
     """
 
-    command: ClassVar[str] = "grpo"
+    command: ClassVar[Literal["sft", "grpo"]] = "grpo"
 
     grpo: GrpoSection = Field(default_factory=GrpoSection)
     rewards: list[RewardSpec] = Field(

@@ -20,7 +20,9 @@ class Settings(BaseModel):
 class ModelSection(Settings):
     """Which weights, in which precision, and which parts of them train."""
 
-    model_name_or_path: str = Field("tiny-vlm", description="hub id, local folder, or tiny-* (built offline from the seed)")
+    model_name_or_path: str = Field(
+        "tiny-vlm", description="hub id, local folder, or tiny-* (built offline from the seed)"
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: float32 on CPU and for full fine-tuning, bfloat16 for LoRA on CUDA"

@@ -18,9 +18,9 @@ class RewardFunction(Protocol):
     reward does not apply to it, which is left out of means and never read as 0.
     """
 
-    def __call__(
-        self, prompts: list[Any], completions: list[Any], **columns: list[Any]
-    ) -> list[float | None]: ...
+    def __call__(self, prompts: list[Any], completions: list[Any], **columns: list[Any]) -> list[float | None]:
+        """One score per completion."""
+        ...
 
 
 class Adapter(Protocol):

@@ -70,18 +70,14 @@ def _is_preference(sample: Sample) -> bool:
 
 def _not_trained(sample: Sample, command: str, file: str) -> MmpostError:
     columns = ", ".join(sample.columns)
-    return MmpostError(
-        "MMP-D040", f"'{command}' does not train on preference data ({file}); columns found: {columns}"
-    )
+    return MmpostError("MMP-D040", f"'{command}' does not train on preference data ({file}); columns found: {columns}")
 
 
 def _roles(sample: Sample, command: Command | None) -> list[MmpostError]:
     faults = []
     if command != "grpo":
         faults += [
-            MmpostError(
-                "MMP-D012", f"{sample.origin}: assistant message {i} is empty; nothing would be learned"
-            )
+            MmpostError("MMP-D012", f"{sample.origin}: assistant message {i} is empty; nothing would be learned")
             for i, turn in enumerate(sample.turns, 1)
             if turn.role == "assistant" and turn.train and _is_empty(turn)
         ]
@@ -193,8 +189,7 @@ def _with_real_paths(sample: Sample) -> Sample:
     if not any(isinstance(part.ref, str) for part in sample.media()):
         return sample
     turns = tuple(
-        dataclasses.replace(turn, parts=tuple(_with_real_path(part) for part in turn.parts))
-        for turn in sample.turns
+        dataclasses.replace(turn, parts=tuple(_with_real_path(part) for part in turn.parts)) for turn in sample.turns
     )
     return dataclasses.replace(sample, turns=turns)
 

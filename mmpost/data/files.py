@@ -53,15 +53,11 @@ def data_files(path: Path, shown: str, split: str | None) -> list[Path]:
 
 def _of_split(files: Sequence[Path], split: str, shown: str) -> list[Path]:
     chosen = [
-        file
-        for file in files
-        if file.stem == split or file.name.startswith((f"{split}-", f"{split}.", f"{split}_"))
+        file for file in files if file.stem == split or file.name.startswith((f"{split}-", f"{split}.", f"{split}_"))
     ]
     if not chosen:
         names = ", ".join(file.name for file in files[:_LISTED])
-        raise MmpostError(
-            "MMP-D033", f"{shown}: no file of the split '{split}' among {names}.", "Check Source.split"
-        )
+        raise MmpostError("MMP-D033", f"{shown}: no file of the split '{split}' among {names}.", "Check Source.split")
     return chosen
 
 

@@ -96,9 +96,7 @@ def _by_code(faults: Iterable[MmpostError]) -> dict[str, int]:
     return dict(sorted(Counter(fault.code for fault in faults).items()))
 
 
-def _token_quantiles(
-    tokens: Sequence[Mapping[str, int]], lengths: Sequence[int]
-) -> dict[str, dict[str, int]]:
+def _token_quantiles(tokens: Sequence[Mapping[str, int]], lengths: Sequence[int]) -> dict[str, dict[str, int]]:
     kinds = sorted({kind for counts in tokens for kind in counts})
     by_kind = {kind: quantiles([counts.get(kind, 0) for counts in tokens]) for kind in kinds}
     return {**by_kind, "total": quantiles(lengths)}
@@ -117,9 +115,7 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
     lines = []
     for source in summary["sources"]:
         unit = "characters" if source["tokens"] is None else "tokens"
-        lines.append(
-            f"{source['name']}: {source['rows']} rows, {source['bad']} bad{_counts(source['by_code'])}"
-        )
+        lines.append(f"{source['name']}: {source['rows']} rows, {source['bad']} bad{_counts(source['by_code'])}")
         lines.append(f"  media: {_counts(source['media']).strip(' ()') or 'none'}")
         lines.append(f"  characters: {_quantile_text(source['chars'])}")
         for kind, values in (source["tokens"] or {}).items():

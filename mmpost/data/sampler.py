@@ -55,9 +55,7 @@ class Sampler:
             raise MmpostError("MMP-D020", f"mixture weights must be ≥ 0 and not all 0; got {list(weights)}")
         for source, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
             if weight > 0 and size < 1:
-                raise MmpostError(
-                    "MMP-D029", f"source {source + 1} of {len(sizes)} has weight {weight} but no rows"
-                )
+                raise MmpostError("MMP-D029", f"source {source + 1} of {len(sizes)} has weight {weight} but no rows")
         self.sizes, self.weights, self.seed = [int(size) for size in sizes], [float(w) for w in weights], seed
         # Integers instead of floats: exact proportions after any number of draws.
         exact = [Fraction(weight) for weight in self.weights]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from mmpost.core.rollout import Group
@@ -51,9 +50,7 @@ def evaluate(
         part = [sample.prompt() for sample in samples[start : start + batch_size]]
         encoded = [model.adapter.encode_prompt(sample) for sample in part]
         uids = list(range(start, start + len(part)))
-        answers = complete(
-            model.policy, model.adapter, encoded, uids, n=1, sampling=sampling, batch_size=batch_size
-        )
+        answers = complete(model.policy, model.adapter, encoded, uids, n=1, sampling=sampling, batch_size=batch_size)
         groups.extend(Group(p, a, u) for p, a, u in zip(part, answers, uids, strict=True))
         if progress is not None:
             progress(len(groups), len(samples))
@@ -99,5 +96,3 @@ def _record(group: Group, sample: Sample, index: int, metric: str, group_by: str
         "group": sample.columns.get(group_by) if group_by else None,
         "media": [{"type": part.kind, "ref": part.ref} for part in sample.media()],
     }
-
-

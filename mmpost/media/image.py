@@ -170,9 +170,7 @@ def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
     """Scale 16-bit grey to 8 bits; Pillow's own conversion clips everything above 255 to white."""
     grey = np.asarray(image).astype(np.int64)
     if grey.min() < 0 or grey.max() > 0xFFFF:
-        raise ValueError(
-            "integer pixels outside 0..65535 have no agreed brightness; convert the file to 8 or 16 bits"
-        )
+        raise ValueError("integer pixels outside 0..65535 have no agreed brightness; convert the file to 8 or 16 bits")
     eight = ((grey + 128) // 257).astype(np.uint8)
     clear = image.info.get("transparency")
     if isinstance(clear, int):

@@ -35,11 +35,7 @@ def is_url(ref: str | bytes) -> bool:
 def _is_inline(ref: str) -> bool:
     if _DATA_URI.match(ref):
         return True
-    return (
-        len(ref) >= _BASE64_MIN_CHARS
-        and ref.startswith(_BASE64_STARTS)
-        and _BASE64.fullmatch(ref) is not None
-    )
+    return len(ref) >= _BASE64_MIN_CHARS and ref.startswith(_BASE64_STARTS) and _BASE64.fullmatch(ref) is not None
 
 
 def decode_base64(text: str, *, kind: str, origin: str = "") -> bytes:
@@ -126,15 +122,10 @@ def open_ref(ref: str | bytes, *, kind: str, origin: str = "", roots: Sequence[s
 
 
 def missing(kind: str, ref: str, *, origin: str = "", roots: Sequence[str | Path] = ()) -> MmpostError:
-    """The MMP-D007 of one file that is not there; a root that ``ref`` starts with is cut from its name."""
+    """The MMP-D007 of one file that is not there, with the folders where it was looked for."""
     name = local_path(ref)
-    for root in roots:
-        prefix = os.path.join(str(root), "")
-        if name.startswith(prefix) and prefix not in ("", os.sep):
-            name = name[len(prefix) :]
-            break
-    looked = [str(root) or "." for root in roots] if not os.path.isabs(name) else []
-    folders = ", ".join(looked or [os.path.dirname(name) or "."])
+    looked = [str(root) or os.getcwd() for root in roots] if not os.path.isabs(name) else []
+    folders = ", ".join(looked or [os.path.dirname(name) or os.getcwd()])
     return MmpostError(
         "MMP-D007",
         f"{_at(origin)}{kind} file not found: '{name}'. Looked in: {folders}.",

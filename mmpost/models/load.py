@@ -96,7 +96,11 @@ def load(
     name = section.model_name_or_path
     path = _resolve(name, seed)
     adapter_folder = path if (Path(path) / "adapter_config.json").is_file() else None
-    base = json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"] if adapter_folder else path
+    base = (
+        json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
+        if adapter_folder
+        else path
+    )
     options: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
     config = _open(AutoConfig, base, name, **options)
     adapter_class = Catalog("adapters", ADAPTERS).get(

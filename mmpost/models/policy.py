@@ -61,7 +61,7 @@ class Policy(nn.Module):
     @property
     def head(self) -> nn.Module:
         """The language-model head."""
-        return self.inner.get_output_embeddings()  # type: ignore[no-any-return]
+        return self.inner.get_output_embeddings()
 
     @property
     def device(self) -> torch.device:

@@ -66,9 +66,7 @@ def _same_number(found: str | None, gold: str, tolerance: float) -> bool:
     return value is not None and target is not None and abs(value - target) <= tolerance * max(1.0, abs(target))
 
 
-def _score(
-    completions: list[Any], solution: list[Any], equal: Callable[[str | None, str], bool]
-) -> list[float | None]:
+def _score(completions: list[Any], solution: list[Any], equal: Callable[[str | None, str], bool]) -> list[float | None]:
     return [
         None if gold is None else float(equal(extract(text_of(completion)), str(gold).strip()))
         for completion, gold in zip(completions, solution, strict=True)

@@ -150,7 +150,7 @@ def _call(reward: Reward, columns: dict[str, list[Any]]) -> Any:
         try:
             value = reward.function(**columns, **reward.spec.args)
             box["value"] = asyncio.run(value) if inspect.iscoroutine(value) else value
-        except Exception as error:  # noqa: BLE001 - user code may raise anything; it is reported with its own words
+        except Exception as error:
             box["error"] = error
 
     thread = threading.Thread(target=work, daemon=True, name=f"reward-{reward.name}")
@@ -201,7 +201,8 @@ def _validated(reward: Reward, values: Any, count: int) -> list[float | None]:
         if number is not None and math.isinf(number):
             raise MmpostError(
                 "MMP-R121",
-                f"reward '{reward.name}' returned {value!r} for completion {index + 1}; expected a finite number or None.",
+                f"reward '{reward.name}' returned {value!r} for completion {index + 1}; "
+                "expected a finite number or None.",
                 "Return one number or None per completion.",
             )
         # NaN is TRL's way to say that a reward does not apply.

@@ -187,4 +187,3 @@ class _Decoder:
         self.cache.batch_select_indices(index)
         self.attend, self.next = self.attend[index], self.next.index_select(-2, index)
         self.rows = self.rows[mask]
-

@@ -35,10 +35,9 @@ class Processes:
         self.device: torch.device = self._accelerator.device
         self.is_main: bool = self._accelerator.is_main_process
 
-    def prepare(self, module: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, torch.optim.Optimizer]:
-        """Wrap module and optimiser for the processes."""
-        prepared = self._accelerator.prepare_model(module)
-        return prepared, optimizer
+    def prepare(self, module: Any) -> Any:
+        """Wrap a module for the processes."""
+        return self._accelerator.prepare_model(module)
 
     def unwrap(self, module: Any) -> Any:
         """The module itself."""

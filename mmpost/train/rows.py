@@ -198,7 +198,7 @@ class RowStream:
         result = next(self._loader)
         if isinstance(result, MmpostError):
             raise result
-        return result  # type: ignore[no-any-return]
+        return result
 
     def _start_workers(self, position: int) -> Iterator[Any]:
         """A loader that runs ahead of the steps with a sampler of its own."""
@@ -214,7 +214,7 @@ class RowStream:
         return iter(
             DataLoader(
                 _WorkerRows(self.sources, self._raw_encode),
-                sampler=_Endless(places),  # type: ignore[arg-type]
+                sampler=_Endless(places),
                 batch_size=None,
                 num_workers=self._workers,
                 prefetch_factor=4,

@@ -1,10 +1,11 @@
-"""Write the sprite sheets of ``data/`` from the four official Fashion-MNIST files; needed only to check or redo them.
+"""Write the sprite sheets of ``data/`` from the four official Fashion-MNIST files, to check or redo them.
 
     python -m mmpost_tasks.build_fashion_sheets FOLDER_WITH_IDX_GZ_FILES OUTPUT_FOLDER
 
-Selection rule, per class: sort the pictures of the official training file by the SHA-256 of their 784 pixel bytes; the
-first 180 are ``train``, the next 80 ``unlabelled``. The first 60 of the official test file, in the same order, are
-``heldout``. A picture whose bytes occurred before is skipped (the official files hold none).
+Selection rule, per class: sort the pictures of the official training file by the SHA-256 of their 784 pixel
+bytes; the first 180 are ``train``, the next 80 ``unlabelled``. The first 60 of the official test file, in the
+same order, are ``heldout``. A picture whose bytes occurred before in the class is skipped; in the official files
+no two pictures are equal.
 """
 
 from __future__ import annotations
@@ -43,8 +44,7 @@ def select(files: dict[str, tuple[np.ndarray, np.ndarray]], class_number: int) -
     queues: dict[str, list[int]] = {}
     for stem, (images, labels) in files.items():
         digests = {
-            int(i): hashlib.sha256(images[i].tobytes()).hexdigest()
-            for i in np.flatnonzero(labels == class_number)
+            int(i): hashlib.sha256(images[i].tobytes()).hexdigest() for i in np.flatnonzero(labels == class_number)
         }
         queues[stem] = []
         for position in sorted(digests, key=lambda i: (digests[i], i)):
@@ -66,9 +66,7 @@ def sheet_of(pictures: np.ndarray) -> np.ndarray:
 def build(source: Path, target: Path) -> None:
     """Write ten sheets and ``fashion.json`` into ``target``."""
     files = {stem: read_idx(source, stem) for stem in ("train", "t10k")}
-    official = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(source.glob("*-ubyte.gz"))
-    }
+    official = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(source.glob("*-ubyte.gz"))}
     sheets = []
     for class_number, label in enumerate(CLASSES):
         chosen = select(files, class_number)

@@ -1,6 +1,6 @@
 """Visual questions over real pictures, with answers that a program can check.
 
-One to three pictures of one domain stand side by side (one ``tile_px`` square each, grey PNG). Five kinds of question:
+One to three pictures of one domain stand side by side, one ``tile_px`` square each, as a grey PNG. Kinds:
 
 ========  =======  ====================================================  ============  ========
 kind      domain   question                                              answers       chance
@@ -15,14 +15,14 @@ count     clothes  How many pieces are shoes? (three pieces)             0 to 3 
 
 MEASURED
 
-The answer of a row is dealt from shuffled blocks that hold every answer of its kind once (``name``: every class at
-every letter), so that no prefix of a split favours an answer. Everything else is drawn by row number. A question that
-repeats an earlier one of the split, in words and pictures, is drawn again.
+The answer of a row is dealt from shuffled blocks that hold every answer of its kind once (``name``: every class
+at every letter), so that no prefix of a split favours an answer. Everything else is drawn by row number. A
+question that repeats an earlier one of the split, in words and pictures, is drawn again.
 
-``heldout`` and ``unlabelled`` are always the same rows; ``seed`` recomposes ``train`` only. Rows of ``unlabelled`` carry
-their answer too, to measure label-free training against it; train on them through ``Sample.prompt``. Pictures never
-cross splits, see ``mmpost_tasks.tiles``. Draws use ``mmpost.core.seeding.uniform``, whose arithmetic cannot change with
-a library; the bytes of a PNG may differ between builds of zlib, its pixels do not.
+``heldout`` and ``unlabelled`` are always the same rows; ``seed`` recomposes ``train`` only. Rows of ``unlabelled``
+carry their answer too, to measure label-free training against it; train on them through ``Sample.prompt``.
+Pictures never cross splits, see ``mmpost_tasks.tiles``. Draws use ``mmpost.core.seeding.uniform``, whose arithmetic
+cannot change with a library; the bytes of a PNG may differ between builds of zlib, its pixels do not.
 """
 
 from __future__ import annotations
@@ -53,11 +53,10 @@ Item = TypeVar("Item")
 
 
 class Draws:
-    """Random choices of one row, as a fixed function of (seed, split, row, attempt)."""
+    """Random choices of one row, from numbers in [0, 1) that are used up in order."""
 
-    def __init__(self, seed: int, split: str, row: int, attempt: int) -> None:
-        purpose = f"demo_vqa/{split}"
-        self._uniforms = iter(uniform(seed, purpose, row, attempt, np.arange(_DRAWS_PER_ROW)).tolist())
+    def __init__(self, uniforms: np.ndarray) -> None:
+        self._uniforms = iter(uniforms.tolist())
 
     def below(self, n: int) -> int:
         """Integer in ``0 .. n - 1``."""
@@ -96,9 +95,7 @@ def _read(target: str, draws: Draws) -> Question:
     labels[position] = target
     place = _PLACES[len(labels)][position]
     if place:
-        text = draws.one(("Which digit is {}?", "What digit do you see {}?", "Read the digit {}.")).format(
-            place
-        )
+        text = draws.one(("Which digit is {}?", "What digit do you see {}?", "Read the digit {}.")).format(place)
     else:
         text = draws.one(("Which digit is this?", "What digit do you see?", "Read the digit."))
     return Question(tuple(labels), f"{text} {ANSWER}", target)
@@ -164,7 +161,7 @@ def load(split: str, *, limit: int | None = None, seed: int = 0, tile_px: int = 
 
     Args:
         split: ``train``, ``unlabelled`` or ``heldout``.
-        limit: Rows from the start; None gives 6,000, 2,000 or 1,000. Kinds take turns, so any prefix is balanced.
+        limit: Rows from the start; None gives 6,000, 2,000 or 1,000. Kinds take turns: a prefix is balanced.
         seed: Composition of ``train``; ignored by the other splits.
         tile_px: Side of one picture. Images are ``tile_px`` high and 1 to 3 times as wide.
 
@@ -178,27 +175,41 @@ def load(split: str, *, limit: int | None = None, seed: int = 0, tile_px: int = 
 
 
 def _rows(split: str, count: int, seed: int, tile_px: int) -> Iterator[Sample]:
+    first = _uniforms(split, seed, np.arange(count)[:, None], 0)  # at once: row by row it would take longer than PNG
+    pixels = {domain: tiles.scaled(domain, split, tile_px) for domain in tiles.LABELS}
     seen: set[tuple[str, tuple[str, ...]]] = set()
     for row in range(count):
         turn, number = divmod(row, len(KINDS))
-        kind = KINDS[number]
+        kind, attempt = KINDS[number], 0
         target = _target(kind, split, seed, turn)
-        attempt = 0
         while True:
-            draws = Draws(seed, split, row, attempt)
+            draws = Draws(first[row] if attempt == 0 else _uniforms(split, seed, row, attempt))
             question = kind.compose(target, draws)
-            pictures, ids = _pictures(question, tiles.scaled(kind.domain, split, tile_px), draws)
-            if (question.text, ids) not in seen:
+            chosen = [(label, draws.below(len(pixels[kind.domain][label].ids))) for label in question.labels]
+            pictures = tuple(pixels[kind.domain][label].ids[i] for label, i in chosen)
+            if (question.text, pictures) not in seen:
                 break
             attempt += 1
-        seen.add((question.text, ids))
-        yield _sample(
-            f"{split}-{seed}-{row + 1}", f"task:demo_vqa/{split}:{row + 1}", kind, question, pictures, ids
-        )
+        seen.add((question.text, pictures))
+        image = np.concatenate([pixels[kind.domain][label].pixels[i] for label, i in chosen], axis=1)
+        columns = {
+            "solution": question.solution,
+            "kind": kind.name,
+            "domain": kind.domain,
+            "choices": list(question.choices) if question.choices else None,
+            "pictures": list(pictures),
+        }
+        origin = f"task:demo_vqa/{split}:{row + 1}"
+        yield Sample(f"{split}-{seed}-{row + 1}", _turns(image, question), columns, origin)
+
+
+def _uniforms(split: str, seed: int, rows: int | np.ndarray, attempt: int) -> np.ndarray:
+    """Numbers for the draws of a row ``[24]`` or of a column of rows ``[N, 24]``."""
+    return uniform(seed, f"demo_vqa/{split}", rows, attempt, np.arange(_DRAWS_PER_ROW))
 
 
 def _target(kind: QuestionKind, split: str, seed: int, turn: int) -> str:
-    """What question number ``turn`` of a kind asks for: blocks of all targets, each block in its own order."""
+    """What question number ``turn`` of a kind asks for: blocks of all targets, each shuffled by itself."""
     block, place = divmod(turn, len(kind.targets))
     return kind.targets[_block_order(kind.name, len(kind.targets), split, seed, block)[place]]
 
@@ -209,33 +220,11 @@ def _block_order(kind_name: str, size: int, split: str, seed: int, block: int) -
     return tuple(np.argsort(keys, kind="stable").tolist())
 
 
-def _pictures(
-    question: Question, by_label: dict[str, tiles.Tiles], draws: Draws
-) -> tuple[list[np.ndarray], tuple[str, ...]]:
-    """A picture for every label, uint8 ``[side, side]`` each, and where they come from."""
-    chosen = [(by_label[label], draws.below(len(by_label[label].ids))) for label in question.labels]
-    return [source.pixels[i] for source, i in chosen], tuple(source.ids[i] for source, i in chosen)
-
-
-def _sample(
-    name: str,
-    origin: str,
-    kind: QuestionKind,
-    question: Question,
-    pictures: list[np.ndarray],
-    ids: tuple[str, ...],
-) -> Sample:
-    image = Part("image", ref=_png(np.concatenate(pictures, axis=1)))
-    columns = {
-        "solution": question.solution,
-        "kind": kind.name,
-        "domain": kind.domain,
-        "choices": list(question.choices) if question.choices else None,
-        "pictures": list(ids),
-    }
+def _turns(image: np.ndarray, question: Question) -> tuple[Turn, Turn]:
+    """The question under its image, uint8 ``[height, width]``, and the answer in tags."""
+    shown, asked = Part("image", ref=_png(image)), Part("text", question.text)
     answer = Part("text", f"<answer>{question.solution}</answer>")
-    turns = (Turn("user", (image, Part("text", question.text))), Turn("assistant", (answer,)))
-    return Sample(name, turns, columns, origin)
+    return Turn("user", (shown, asked)), Turn("assistant", (answer,))
 
 
 def _png(pixels: np.ndarray) -> bytes:

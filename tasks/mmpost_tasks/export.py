@@ -1,4 +1,4 @@
-"""Write samples as files that people can read and edit: a JSONL of messages and a folder of pictures beside it."""
+"""Write samples as files that people can read and edit: a JSONL of messages and a folder of pictures."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ IMAGE_MARK = "<image>"
 def write_jsonl(samples: Iterable[Sample], folder: Path, *, name: str = "rows", answers: bool = True) -> Path:
     """Write ``folder/NAME.jsonl`` and its pictures, and return the path of the former.
 
-    A row holds ``id``, ``messages`` with an ``<image>`` mark per picture, ``images`` with paths relative to the folder,
-    and every column of the sample (``solution`` and so on). Columns that are None are left out.
+    A row holds ``id``, ``messages`` with an ``<image>`` mark per picture, ``images`` with paths relative to the
+    folder, and every column of the sample (``solution`` and so on). Columns that are None are left out.
 
     Args:
-        samples: Rows whose only media are pictures. Bytes become files in ``images/``; paths are kept as they are.
+        samples: Rows whose only media are pictures. Bytes become files in ``images/``; paths are kept.
         folder: Made if it is missing; existing files of the same names are replaced.
         name: Stem of the JSONL file.
         answers: False leaves out a final assistant turn, as reinforcement learning expects.
@@ -52,8 +52,7 @@ def _content(turn: Turn) -> str:
         return turn.text
     # A mark that is part of the words is written \<image>, or a reader would look for one more picture.
     return "".join(
-        part.text.replace(IMAGE_MARK, f"\\{IMAGE_MARK}") if part.kind == "text" else IMAGE_MARK
-        for part in turn.parts
+        part.text.replace(IMAGE_MARK, f"\\{IMAGE_MARK}") if part.kind == "text" else IMAGE_MARK for part in turn.parts
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,7 +45,7 @@ class Task:
     name: str
     version: str
     description: str
-    splits: dict[str, int]
+    splits: Mapping[str, int]
     load: Load
     rewards: tuple[str, ...]
     group_by: str

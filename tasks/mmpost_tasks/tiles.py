@@ -5,11 +5,11 @@ Fashion-MNIST (28x28) that ship in ``data/``. Both are grey, light on dark.
 
 The splits are frozen because other results build on them; changing a rule below is a new data set, not a fix.
 
-* clothes: the split is part of the selection, see ``build_fashion_sheets``; held-out pictures come from the official
-  test file.
+* clothes: the split is part of the selection, see ``build_fashion_sheets``; held-out pictures come from the
+  official test file.
 * digits: the first 32 bits of the SHA-256 of the 64 pixel bytes, modulo 100: below 55 ``train``, below 75
-  ``unlabelled``, else ``heldout``. Equal pictures can therefore never part. The rule is spelled out here instead of
-  using a general splitter, so that nothing else can move a picture.
+  ``unlabelled``, else ``heldout``. Equal pictures can therefore never part. The rule is spelled out here instead
+  of using a general splitter, so that nothing else can move a picture.
 
 Left out: who wrote a digit is not recorded in scikit-learn's copy, so the same hand occurs in several splits.
 """
@@ -63,10 +63,7 @@ def load(domain: str, split: str) -> dict[str, Tiles]:
 @cache
 def scaled(domain: str, split: str, side_px: int) -> dict[str, Tiles]:
     """The same at ``side_px`` pixels a side; digits and clothes are resized with a bicubic filter."""
-    return {
-        label: Tiles(_resized(tiles.pixels, side_px), tiles.ids)
-        for label, tiles in load(domain, split).items()
-    }
+    return {label: Tiles(_resized(tiles.pixels, side_px), tiles.ids) for label, tiles in load(domain, split).items()}
 
 
 def known(name: str, names: tuple[str, ...], kind: str) -> None:
@@ -83,9 +80,7 @@ def _resized(pixels: np.ndarray, side_px: int) -> np.ndarray:
     if pixels.shape[1] == side_px:
         return pixels
     size = (side_px, side_px)
-    return np.stack(
-        [np.asarray(Image.fromarray(tile).resize(size, Image.Resampling.BICUBIC)) for tile in pixels]
-    )
+    return np.stack([np.asarray(Image.fromarray(tile).resize(size, Image.Resampling.BICUBIC)) for tile in pixels])
 
 
 def _digit_split(pixels: np.ndarray) -> str:

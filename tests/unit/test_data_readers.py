@@ -45,7 +45,12 @@ def talk(content, answer="yes"):
 
 FAMILIES = {
     "messages with marks": (
-        {"id": "r1", "messages": talk("<image>What is <image>?"), "images": ["a.jpg", "b.jpg"], "solution": "x"},
+        {
+            "id": "r1",
+            "messages": talk("<image>What is <image>?"),
+            "images": ["a.jpg", "b.jpg"],
+            "solution": "x",
+        },
         [("user", [("image", "a.jpg"), "What is ", ("image", "b.jpg"), "?"]), ("assistant", ["yes"])],
         {"solution": "x"},
     ),
@@ -53,7 +58,10 @@ FAMILIES = {
         {
             "messages": [
                 {"role": "system", "content": "Be brief."},
-                {"role": "user", "content": [{"type": "image", "path": "a.jpg"}, {"type": "text", "text": "Q"}]},
+                {
+                    "role": "user",
+                    "content": [{"type": "image", "path": "a.jpg"}, {"type": "text", "text": "Q"}],
+                },
                 {"role": "assistant", "content": [{"type": "text", "text": "A"}]},
             ]
         },
@@ -91,7 +99,10 @@ FAMILIES = {
         {"solution": "3", "level": 2},
     ),
     "prompt messages": (
-        {"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}], "images": ["a"]},
+        {
+            "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}],
+            "images": ["a"],
+        },
         [("user", [("image", "a"), "Q"])],
         {},
     ),
@@ -240,7 +251,10 @@ def test_same_content_has_the_same_hash_in_every_spelling():
         {"messages": talk("<image>Q"), "images": "a.jpg"},
         {"messages": talk([{"type": "image"}, {"type": "text", "text": "Q"}]), "image": ["a.jpg"]},
         {"messages": talk([{"type": "image", "path": "a.jpg"}, {"type": "text", "text": "Q"}], [{"text": "yes"}])},
-        {"conversations": [{"from": "human", "value": "<image>Q"}, {"from": "gpt", "value": "yes"}], "image": "a.jpg"},
+        {
+            "conversations": [{"from": "human", "value": "<image>Q"}, {"from": "gpt", "value": "yes"}],
+            "image": "a.jpg",
+        },
         {"query": "Q", "response": "yes", "image": "a.jpg"},
     ]
     assert len({one(row).content_hash() for row in rows}) == 1
@@ -304,7 +318,12 @@ def random_dialogue(rng):
 def test_marks_are_never_miscounted(seed):
     rng = np.random.default_rng(seed)
     messages, entries, expected = random_dialogue(rng)
-    row = {"messages": messages, "images": entries["image"], "videos": entries["video"], "audios": entries["audio"]}
+    row = {
+        "messages": messages,
+        "images": entries["image"],
+        "videos": entries["video"],
+        "audios": entries["audio"],
+    }
     sample = one(row)
     assert shape(sample) == expected
     # One entry more or fewer is always noticed, with the right numbers.
@@ -321,8 +340,9 @@ def test_marks_are_never_miscounted(seed):
 
 def test_d002():
     assert texts_of({"id": 1, "dialog": [{"role": "user", "content": "Q"}], "n": 3}) == [
-        "d.jsonl:1: no conversation found. Fields present: id, dialog, n. Expected one of messages, conversations, "
-        "prompt, instruction, query. Map yours with data.columns={messages: dialog} [MMP-D002]"
+        "d.jsonl:1: no conversation found. Fields present: id, dialog, n. "
+        "Expected one of messages, conversations, prompt, instruction, query. "
+        "Map yours with data.columns={messages: dialog} [MMP-D002]"
     ]
     assert texts_of({"problem": "long enough", "x": "y"})[0].endswith("data.columns={messages: problem} [MMP-D002]")
     assert "Fields present: none." in texts_of({})[0]
@@ -375,9 +395,7 @@ def test_d005():
     assert texts_of({"messages": talk("<image>"), "images": [""]}) == [
         f"d.jsonl:1: 'images' is a list with an empty text; {expected}"
     ]
-    assert texts_of({"messages": talk([{"type": "image", "image": 3}])}) == [
-        f"d.jsonl:1: 'image' is int; {expected}"
-    ]
+    assert texts_of({"messages": talk([{"type": "image", "image": 3}])}) == [f"d.jsonl:1: 'image' is int; {expected}"]
 
 
 def test_d006():
@@ -419,8 +437,8 @@ def test_d028():
         ),
     ],
 )
-def test_d031_wrong_shapes(row, text):
-    assert texts_of(row) == [f"d.jsonl:1: {text} [MMP-D031]"]
+def test_d032_wrong_shapes(row, text):
+    assert texts_of(row) == [f"d.jsonl:1: {text} [MMP-D032]"]
 
 
 def test_all_faults_of_all_rows_are_raised_together():
@@ -434,10 +452,53 @@ def test_all_faults_of_all_rows_are_raised_together():
 @pytest.mark.parametrize("seed", range(200))
 def test_no_row_of_odd_values_raises_anything_else(seed):
     rng = np.random.default_rng(seed)
-    odd = [None, 0, 1.5, True, "", "x", "<image>", [], [None], {}, {"role": "user"}, {"type": "image"}, b"", b"x"]
-    odd += [talk("Q"), talk(None), [{"role": "user", "content": [{"type": "text"}]}], [[]], {"url": 3}, [{"from": 1}]]
-    names = ["messages", "conversations", "prompt", "images", "image", "videos", "audio", "query", "response", "id"]
-    names += ["chosen", "rejected", "history", "instruction", "input", "output", "question", "answer", "system"]
+    odd = [
+        None,
+        0,
+        1.5,
+        True,
+        "",
+        "x",
+        "<image>",
+        [],
+        [None],
+        {},
+        {"role": "user"},
+        {"type": "image"},
+        b"",
+        b"x",
+    ]
+    odd += [
+        talk("Q"),
+        talk(None),
+        [{"role": "user", "content": [{"type": "text"}]}],
+        [[]],
+        {"url": 3},
+        [{"from": 1}],
+    ]
+    names = [
+        "messages",
+        "conversations",
+        "prompt",
+        "images",
+        "image",
+        "videos",
+        "audio",
+        "query",
+        "response",
+        "id",
+    ]
+    names += [
+        "chosen",
+        "rejected",
+        "history",
+        "instruction",
+        "input",
+        "output",
+        "question",
+        "answer",
+        "system",
+    ]
     names += ["reward_model", "completion"]
     row = {str(name): odd[rng.integers(len(odd))] for name in rng.choice(names, size=rng.integers(0, 7))}
     assert all(text.startswith("d.jsonl:1: ") for text in texts_of(row))

@@ -22,7 +22,14 @@ def test_only_ratios_count_and_order_does_not():
 
 
 def test_the_assignment_is_the_same_on_every_machine():
-    assert [by_key(key, {"a": 1, "b": 1}) for key in ("x", "y", "z", "", "ü", "image-7")] == ["a", "b", "a", "b", "a", "b"]
+    assert [by_key(key, {"a": 1, "b": 1}) for key in ("x", "y", "z", "", "ü", "image-7")] == [
+        "a",
+        "b",
+        "a",
+        "b",
+        "a",
+        "b",
+    ]
 
 
 def test_a_share_of_zero_gets_nothing():

@@ -1,4 +1,4 @@
-"""The one loss against brute force: published objectives in float64, written out row by row, differentiated by autograd."""
+"""The one loss against brute force: published objectives in float64, row by row, differentiated by autograd."""
 
 import math
 

@@ -60,16 +60,12 @@ def read_hub(identity: str, split: str | None) -> Iterator[RawRow]:
 def _choose(found: Any, split: str | None, shown: str) -> Any:
     if not isinstance(found, dict):
         if split is not None:
-            raise MmpostError(
-                "MMP-D033", f"{shown}: has no splits, so '{split}' cannot be chosen.", "Remove split"
-            )
+            raise MmpostError("MMP-D033", f"{shown}: has no splits, so '{split}' cannot be chosen.", "Remove split")
         return found
     name = split or (next(iter(found)) if len(found) == 1 else "train")
     if name not in found:
         wanted = f"has no split '{name}'; it has" if split else "has the splits"
-        raise MmpostError(
-            "MMP-D033", f"{shown}: {wanted} {', '.join(found)}.", "Choose one with Source.split"
-        )
+        raise MmpostError("MMP-D033", f"{shown}: {wanted} {', '.join(found)}.", "Choose one with Source.split")
     return found[name]
 
 

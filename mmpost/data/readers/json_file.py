@@ -43,7 +43,7 @@ def read_json(path: Path, shown: str) -> Iterator[RawRow]:
     """Rows of a JSON list. A file that holds one object per line is read as JSON lines whatever its suffix.
 
     Raises:
-        MmpostError: MMP-D001 when the list is not JSON, MMP-D031 when the file is one object.
+        MmpostError: MMP-D001 when the list is not JSON, MMP-D032 when the file is one object.
     """
     data = path.read_bytes().removeprefix(_BOM).strip(_SPACE)
     if not data:
@@ -53,7 +53,7 @@ def read_json(path: Path, shown: str) -> Iterator[RawRow]:
         return
     first_line = data.split(b"\n", 1)[0]
     if first_line != data and not _is_json(first_line) and _is_json(data):
-        raise MmpostError("MMP-D031", f"{shown}: the file is one object; expected a list of rows")
+        raise MmpostError("MMP-D032", f"{shown}: the file is one object; expected a list of rows")
     yield from read_jsonl(path, shown)
 
 

@@ -48,7 +48,7 @@ def media_columns(row: Row) -> dict[Kind, MediaColumn]:
     for kind, names in COLUMNS.items():
         filled = [name for name in names if row.has(name)]
         if len(filled) == 2 and row.values[names[0]] and row.values[names[1]]:
-            row.fault("MMP-D031", f"'{names[1]}' and '{names[0]}' are both given; expected one of them")
+            row.fault("MMP-D032", f"'{names[1]}' and '{names[0]}' are both given; expected one of them")
         name = filled[0] if filled else names[0]
         columns[kind] = MediaColumn(name, _entries(row, kind, name, row.values.get(name)))
     return columns

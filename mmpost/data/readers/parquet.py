@@ -45,9 +45,7 @@ def _check_types(schema: pa.Schema, shown: str, columns: Mapping[str, str]) -> N
     for ours in _CONVERSATIONS:
         theirs = columns.get(ours, ours)
         if theirs in schema.names and not _holds_messages(schema.field(theirs).type):
-            raise _wrong_type(
-                shown, theirs, schema.field(theirs).type, "a list of structs with role and content"
-            )
+            raise _wrong_type(shown, theirs, schema.field(theirs).type, "a list of structs with role and content")
     for ours in (name for names in COLUMNS.values() for name in names):
         theirs = columns.get(ours, ours)
         if theirs in schema.names and not _holds_media(schema.field(theirs).type):
@@ -68,9 +66,7 @@ def _holds_media(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         names = {field.name for field in kind}
         return bool(names & {"bytes", "path", "url"})
-    return (
-        _is_text(kind) or pa.types.is_null(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-    )
+    return _is_text(kind) or pa.types.is_null(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -60,8 +60,8 @@ class Row:
         self.faults.append(self.error(code, what, fix))
 
     def wrong_shape(self, what: str, value: Any, expected: str) -> None:
-        """Note the MMP-D031 of a value of the wrong type."""
-        self.fault("MMP-D031", f"{what} is {type(value).__name__}; expected {expected}")
+        """Note the MMP-D032 of a value of the wrong type."""
+        self.fault("MMP-D032", f"{what} is {type(value).__name__}; expected {expected}")
 
 
 class Reader(NamedTuple):

@@ -60,9 +60,7 @@ def read_turns(
         row.wrong_shape(what, messages, "a list of messages")
         return ()
     system = row.values.get("system")
-    turns = [
-        turn for i, message in enumerate(messages, 1) if (turn := _turn(row, i, message, roles)) is not None
-    ]
+    turns = [turn for i, message in enumerate(messages, 1) if (turn := _turn(row, i, message, roles)) is not None]
     if isinstance(system, str) and system and all(turn.role != "system" for turn in turns):
         turns.insert(0, Turn("system", tuple(_text_parts(system, marks=True))))
     return _place_media(row, turns, media_columns(row), media_first=media_first)
@@ -123,9 +121,7 @@ def _item_parts(row: Row, k: int, item: Any, *, marks: bool) -> Iterable[Part]:
     name = given.get("type") or next((key for key in given if key in _PART_KINDS), None)
     kind = _PART_KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
-        row.fault(
-            "MMP-D006", f"content part {k} has type '{name}'; expected text, image, video, audio or action"
-        )
+        row.fault("MMP-D006", f"content part {k} has type '{name}'; expected text, image, video, audio or action")
         return ()
     if kind == "text":
         text = given.get("text", given.get("content", ""))
@@ -164,9 +160,7 @@ def _check_payload(row: Row, payload: Any, *, what: str = "it") -> Any:
         try:
             payload = json.loads(payload)
         except json.JSONDecodeError as error:
-            row.fault(
-                "MMP-D028", f"tool/action payload is not an object: {error.msg} at column {error.colno}"
-            )
+            row.fault("MMP-D028", f"tool/action payload is not an object: {error.msg} at column {error.colno}")
             return {}
     many = payload if isinstance(payload, list) and payload else [payload]
     for one in many:
