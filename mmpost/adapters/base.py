@@ -103,7 +103,7 @@ class VisionAdapter:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _render(self, turns: Sequence[Turn], *, generate: bool) -> str:
-        messages: list[dict[str, Any]] = [
+        parts = [
             {
                 "role": turn.role,
                 "content": [
@@ -113,11 +113,14 @@ class VisionAdapter:
             }
             for turn in turns
         ]
-        if all(part["type"] == "text" for message in messages for part in message["content"]):
-            # Text-only rows as plain strings: some templates print nothing for a list of text parts.
-            messages = [
-                {**message, "content": "".join(part["text"] for part in message["content"])} for message in messages
-            ]
+        text = self._apply_template(parts, generate)
+        said = [part for turn in turns for part in turn.parts]
+        if all(part.kind == "text" for part in said) and any(part.text.strip() not in text for part in said):
+            # Templates print lists of parts, plain strings, or both; what one of them cannot read it leaves out.
+            return self._apply_template([{"role": turn.role, "content": turn.text} for turn in turns], generate)
+        return text
+
+    def _apply_template(self, messages: list[dict[str, Any]], generate: bool) -> str:
         return str(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
 
     def _pieces(self, sample: Sample, loss_on: str) -> list[Piece]:
@@ -172,8 +175,15 @@ class VisionAdapter:
         for piece in pieces:
             if not piece.text:
                 continue
-            piece_ids, piece_media = self._tokenize(piece, images[used : used + piece.num_images])
+            shown = images[used : used + piece.num_images]
             used += piece.num_images
+            marks = piece.text.count(self.processor.image_token)
+            if shown and marks != len(shown):
+                # The processor would raise without naming the row.
+                alone = Piece(self.processor.image_token * len(shown), len(shown), False)
+                features = sum(self.image_lengths(self._tokenize(alone, shown)[1]))
+                raise self._mismatch(sample, features + marks - len(shown), features)
+            piece_ids, piece_media = self._tokenize(piece, shown)
             ids.append(piece_ids)
             train.append(torch.full((piece_ids.numel(),), piece.train))
             if piece_media:
@@ -202,16 +212,15 @@ class VisionAdapter:
     # -- checks --------------------------------------------------------------------------------------------------
 
     def _check(self, sample: Sample, ids: Tensor, media: dict[str, Tensor]) -> None:
-        """Placeholders equal features, and the row fits. Media are never cut."""
+        """Placeholders equal features item by item, and the row fits. Media are never cut."""
         placeholders = int((ids == self.image_token_id).sum())
-        features = sum(self.image_lengths(media)) if media else 0
-        if placeholders != features:
-            raise MmpostError(
-                "MMP-D015",
-                f"{sample.origin}: processor produced {placeholders} image placeholders but the encoder {features} "
-                f"features (model {self.config.model_type}); this row would fail in forward.",
-                "Remove literal image tokens from the text, or check that processor and weights belong together.",
-            )
+        lengths = self.image_lengths(media) if media else []
+        if placeholders != sum(lengths):
+            raise self._mismatch(sample, placeholders, sum(lengths))
+        # Two wrong items can cancel in the total, which is all that the model itself looks at.
+        for run, features in zip(_runs(ids == self.image_token_id), lengths, strict=False):
+            if run != features:
+                raise self._mismatch(sample, run, features)
         total = ids.numel()
         if total > self.max_length:
             raise MmpostError(
@@ -220,6 +229,14 @@ class VisionAdapter:
                 f"video 0, audio 0) exceed data.max_length {self.max_length}. Media spans are never cut.",
                 f"Options: data.max_length={-(-total // 64) * 64}, data.media.max_pixels, or data.on_long=drop",
             )
+
+    def _mismatch(self, sample: Sample, placeholders: int, features: int) -> MmpostError:
+        return MmpostError(
+            "MMP-D015",
+            f"{sample.origin}: processor produced {placeholders} image placeholders but the encoder {features} "
+            f"features (model {self.config.model_type}); this row would fail in forward.",
+            "Remove literal image tokens from the text, or check that processor and weights belong together.",
+        )
 
     def _stop_ids(self) -> tuple[int, ...]:
         """End tokens of the tokenizer and the checkpoint's generation settings."""
@@ -267,3 +284,9 @@ class VisionAdapter:
     def save(self, folder: Path) -> None:
         """Write processor, tokenizer and chat template."""
         self.processor.save_pretrained(folder)
+
+
+def _runs(mask: Tensor) -> list[int]:
+    """Lengths of the stretches of True in a bool ``[T]``, in order."""
+    values, counts = torch.unique_consecutive(mask, return_counts=True)
+    return [int(count) for count in counts[values]]

@@ -23,11 +23,15 @@ class SmolVLMAdapter(VisionAdapter):
     """
 
     def apply_pixel_budget(self, media: MediaSection) -> None:
-        """The processor limits the longest edge; a pixel budget becomes the edge of a square of that area."""
+        """The processor limits the longest edge; a pixel budget becomes the edge of a square of that area.
+
+        The edge is a whole number of tiles, at least one, because the processor enlarges a picture to whole tiles.
+        """
+        image_processor = self.processor.image_processor
         if media.max_pixels is not None:
-            size = dict(self.processor.image_processor.size)
-            size["longest_edge"] = min(size["longest_edge"], int(media.max_pixels**0.5))
-            self.processor.image_processor.size = size
+            size, tile = dict(image_processor.size), image_processor.max_image_size["longest_edge"]
+            edge = max(tile, int(media.max_pixels**0.5) // tile * tile)
+            image_processor.size = {**size, "longest_edge": min(size["longest_edge"], edge)}
 
     def nest(self, images: list[Image.Image]) -> list[Any]:
         """A list of images for each row."""

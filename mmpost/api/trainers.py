@@ -43,8 +43,12 @@ class _Trainer:
     def train(self) -> Path:
         """Run to the last step; an unfinished run in ``output_dir`` goes on. Returns the run folder."""
         folder = self._training.run()
-        assert self._training.model is not None
-        self.model = self._training.model
+        if self._training.was_finished:
+            # The weights of that run, not those that were opened for it.
+            self.model = load_model(str(folder / "final"), peft=self.args.peft)
+        else:
+            assert self._training.model is not None
+            self.model = self._training.model
         return folder
 
     def save_model(self, folder: str | Path) -> Path:

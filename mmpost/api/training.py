@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,7 +28,7 @@ from mmpost.core.sample import Sample
 from mmpost.models.load import LoadedModel, load
 from mmpost.models.policy import Policy
 from mmpost.rewards.score import check_columns, resolve
-from mmpost.runs.folder import RunFolder, Status
+from mmpost.runs.folder import WRITTEN, RunFolder, Status
 from mmpost.runs.live import Progress
 from mmpost.runs.report import write_report
 from mmpost.train import checkpoint
@@ -37,6 +38,7 @@ from mmpost.train.loop import Interrupted, Loop
 from mmpost.train.parts import Parts
 from mmpost.train.rows import Row, RowStream
 from mmpost.train.sources import Completions, Demonstrations, Source
+from mmpost_tasks import TASKS
 
 # Rows are all encoded before the first step up to this number, so that rows that do not fit are named at once.
 ENCODE_ALL_UP_TO = 1000
@@ -56,6 +58,7 @@ class Training:
 
     Attributes:
         output: Run folder.
+        was_finished: True after ``run`` found nothing left to do.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Training:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.output = Path(config.train.output_dir or f"runs/{config.command}-{stamp}")
         self.processes = Processes(bf16=config.train.bf16)
+        self.was_finished = False
 
     # -- the run -------------------------------------------------------------------------------------------------
 
@@ -91,6 +95,9 @@ class Training:
         config, processes = self.config, self.processes
         check_batch(config, processes.world, self.origins)
         parts = self._parts()
+        for name in config.eval.tasks:
+            # A misspelt task must not be found only after the training.
+            Catalog("tasks", TASKS).get(name)
         specs: list[Any] = []
         if isinstance(config, GRPOConfig):
             specs = list(self.reward_choice) if self.reward_choice is not None else list(config.rewards)
@@ -105,26 +112,31 @@ class Training:
         for source in data:
             check_columns(rewards, source.samples)
         folder = self._open_folder()
-        if folder is not None and folder.finished:
+        if self.was_finished:
             return self.output
         torch.manual_seed(config.train.seed)
-        model = self._load_model()
-        loop, progress = self._build(model, data, rewards, parts, folder)
+        try:
+            loop, progress = self._build(self._load_model(), data, rewards, parts, folder)
+        except BaseException:
+            _withdraw(folder)
+            raise
         status: Status = "failed"
         try:
             loop.run()
             self._finish(loop, folder)
             status = "finished"
+            # Only here: after an error the other processes may be waiting for something else.
+            processes.close()
         except (Interrupted, KeyboardInterrupt):
             status = "interrupted"
             raise
         finally:
             if progress is not None:
                 progress.stop()
-            if folder is not None:
-                folder.finish(status, loop.state.step)
-                _report(folder)
-            processes.close()
+            if loop.state.step:
+                _conclude(folder, status, loop.state.step)
+            else:
+                _withdraw(folder)
         return self.output
 
     def _parts(self) -> Parts:
@@ -157,11 +169,9 @@ class Training:
         outcome = self.processes.gather(outcome)[0]
         if isinstance(outcome, MmpostError):
             raise outcome
-        finished, places = outcome
+        self.was_finished, places = outcome
         self._resume_from = Path(places[-1]) if places else None
-        if folder is None and finished:
-            folder = RunFolder(self.output, finished=True)
-        if folder is not None and not finished and self._resume_from is None:
+        if folder is not None and not self.was_finished and self._resume_from is None:
             folder.truncate({"metrics.jsonl": 0, "events.jsonl": 0}, 0)
         return folder
 
@@ -401,8 +411,25 @@ class _Encode:
         return self.adapter.encode(sample, loss_on=self.loss_on)
 
 
-def _report(folder: RunFolder) -> None:
-    """Write the report; a run that trained must not fail because its report does."""
+def _withdraw(folder: RunFolder | None) -> None:
+    """Remove what a run that could not start has written, so that it does not stand in the way of the next try."""
+    if folder is None or folder.resuming:
+        return
+    for name in WRITTEN:
+        place = folder.path / name
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+    if not any(folder.path.iterdir()):
+        folder.path.rmdir()
+
+
+def _conclude(folder: RunFolder | None, status: Status, step: int) -> None:
+    """Write status and report; a run that trained must not fail because its report does."""
+    if folder is None:
+        return
+    folder.finish(status, step)
     try:
         write_report(folder.path)
     except Exception as error:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from mmpost.core.errors import MmpostError
+
+# How long the other processes of a run leave the word to the first one.
+OTHERS_S = 3.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,16 +26,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: list[str]) -> int:
     """Run the command line and return the exit code."""
-    # Set before transformers is imported: worker processes must not fight over the tokenizer's threads.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _quiet_libraries()
     from mmpost.cli.commands import app
 
     try:
-        app(args=argv, prog_name="mmpost", standalone_mode=False)
+        # Outside standalone mode an exit code comes back as the value of the call.
+        code = app(args=argv, prog_name="mmpost", standalone_mode=False)
     except MmpostError as error:
-        # One write, so that the processes of a run do not mix their lines; only the first one speaks.
-        if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"{error}\n")
+        if os.environ.get("RANK", "0") != "0":
+            # Most errors happen in every process, and the first one speaks for all: it exits, and the launcher
+            # ends the others while they wait here. An error of this process alone is told after the wait.
+            time.sleep(OTHERS_S)
+        # One write, so that the processes of a run do not mix their lines.
+        sys.stderr.write(f"{error}\n")
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -39,19 +47,30 @@ def run(argv: list[str]) -> int:
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except Exception as error:
         return _unexpected(error)
-    return 0
+    return code if isinstance(code, int) else 0
+
+
+def _quiet_libraries() -> None:
+    """Settings that must stand before transformers is imported."""
+    # Worker processes must not fight over the tokenizer's threads.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Deprecations inside the libraries are not the user's to mend, and would hide what is.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _unexpected(error: Exception) -> int:
-    import click
-
-    if isinstance(error, click.exceptions.Exit):
-        return error.exit_code
-    if isinstance(error, click.exceptions.Abort):
-        return 130
-    if isinstance(error, click.ClickException):
-        sys.stderr.write(f"{error.format_message()} [MMP-C000]\n")
+    # Newer versions of typer carry a click of their own, so its errors are known by what they can do.
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()  # type: ignore[attr-defined]
         return 2
+    if hasattr(error, "format_message"):
+        sys.stderr.write(f"{error.format_message()} See mmpost --help. [MMP-C000]\n")
+        return 2
+    if type(error).__name__ == "Abort":
+        return 130
     if type(error).__name__ == "Interrupted":
         sys.stderr.write("interrupted; a checkpoint is written. Run the same command again to go on.\n")
         return 130

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mmpost import __version__
 from mmpost.config.run import GRPOConfig, SFTConfig
+
+if TYPE_CHECKING:
+    from mmpost.api.training import Training
 
 # Options of the training commands are KEY=VALUE words, which our own loader reads with file and line.
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -43,13 +46,13 @@ EXAMPLES = {
 
 @app.command(context_settings=PASS_THROUGH)
 def sft(context: typer.Context) -> None:
-    """Supervised fine-tuning: mmpost sft [CONFIG.yaml ...] [rows.jsonl] [key=value ...]."""
+    """Supervised fine-tuning: mmpost sft CONFIG.yaml key=value ..."""
     _train(SFTConfig, context.args)
 
 
 @app.command(context_settings=PASS_THROUGH)
 def grpo(context: typer.Context) -> None:
-    """RL with verifiable rewards: mmpost grpo [CONFIG.yaml ...] [rows.jsonl] [key=value ...]."""
+    """RL with verifiable rewards: mmpost grpo CONFIG.yaml key=value ..."""
     _train(GRPOConfig, context.args)
 
 
@@ -68,16 +71,20 @@ def _train(config_class: type[SFTConfig] | type[GRPOConfig], args: list[str]) ->
 
     from mmpost.api.training import Training
 
-    training = Training(
-        loaded.config,
-        command=["mmpost", name, *args],
-        config_yaml=resolved_yaml(loaded),
-        sources=loaded.sources,
+    _run(
+        Training(
+            loaded.config,
+            command=["mmpost", name, *args],
+            config_yaml=resolved_yaml(loaded),
+            sources=loaded.sources,
+        )
     )
-    finished = (training.output / "status.json").is_file()
+
+
+def _run(training: Training) -> None:
     output = training.run()
     if training.processes.is_main:
-        done = "this run was already finished" if finished and training.model is None else "done"
+        done = "this run was already finished" if training.was_finished else "done"
         sys.stderr.write(f"{done}: {output / 'final'}  report: {output / 'report.html'}\n")
 
 
@@ -107,8 +114,7 @@ def resume(run: Annotated[Path, typer.Argument(help="run folder")]) -> None:
 
     from mmpost.api.training import Training
 
-    output = Training(loaded.config, command=["mmpost", "resume", str(run)], config_yaml=text).run()
-    sys.stderr.write(f"done: {output / 'final'}  report: {output / 'report.html'}\n")
+    _run(Training(loaded.config, command=["mmpost", "resume", str(run)], config_yaml=text))
 
 
 @app.command("eval")

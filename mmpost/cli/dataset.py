@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from mmpost.api.data import Data, open_source
 from mmpost.config.schema import DataSection, Source
 from mmpost.core.errors import ManyErrors, MmpostError
-from mmpost.core.sample import Sample
 from mmpost.data import check
 
 
@@ -34,8 +32,10 @@ def check_data(
     faults = list(data.faults)
     media: Any = "decode" if deep else "exists"
     faults += check.check(data.samples, command=command, media=media, id_scope={})  # type: ignore[arg-type]
-    faults += [] if model is None else _too_long(data, model)
-    summary = check.summary([data], faults, count_tokens=_counter(model) if model else None)
+    lengths = None if model is None else _lengths(data, model, command, faults)
+    summary = check.summary(
+        [data], faults, count_tokens=None if lengths is None else lambda sample: lengths[sample.origin]
+    )
     if as_json:
         rows = [{"code": fault.code, "message": str(fault)} for fault in faults]
         sys.stdout.write(json.dumps({**summary, "faults": rows}, ensure_ascii=False, default=str) + "\n")
@@ -47,28 +47,29 @@ def check_data(
     return len(faults)
 
 
-def _counter(model: str) -> Callable[[Sample], dict[str, int]]:
-    from mmpost.api.model import load_model
+def _lengths(data: Data, model: str, command: str | None, faults: list[MmpostError]) -> dict[str, dict[str, int]]:
+    """Tokens of every row by kind, keyed by origin; empty for rows that cannot be encoded.
 
-    adapter = load_model(model, peft=None).adapter
-
-    def count(sample: Sample) -> dict[str, int]:
-        row = adapter.encode_prompt(sample)
-        image = int((row.ids == adapter.image_token_id).sum())
-        return {"text": len(row) - image, "image": image}
-
-    return count
-
-
-def _too_long(data: Data, model: str) -> list[MmpostError]:
-    """Rows that the default ``data.max_length`` refuses."""
+    Args:
+        data: The rows.
+        model: Whose tokens.
+        command: ``grpo`` counts prompts only.
+        faults: Rows that do not fit are added, unless they are in it already.
+    """
     from mmpost.api.model import load_model
 
     adapter = load_model(model, peft=None, max_length=DataSection().max_length).adapter
-    found = []
+    known = {fault.what.split(": ")[0] for fault in faults}
+    lengths: dict[str, dict[str, int]] = {}
     for sample in data.samples:
+        answered = command != "grpo" and bool(sample.turns) and sample.turns[-1].role == "assistant"
         try:
-            adapter.encode_prompt(sample)
+            row = adapter.encode(sample) if answered else adapter.encode_prompt(sample.prompt())
         except MmpostError as error:
-            found.append(error)
-    return found
+            lengths[sample.origin] = {}
+            if sample.origin not in known:
+                faults.append(error)
+            continue
+        image = int((row.ids == adapter.image_token_id).sum())
+        lengths[sample.origin] = {"text": len(row) - image, "image": image}
+    return lengths

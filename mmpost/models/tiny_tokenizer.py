@@ -59,16 +59,15 @@ _QWEN_MEDIA = {
     "video": "<|vision_start|><|video_pad|><|vision_end|>",
 }
 _QWEN_SPECIAL = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
-)  # fmt: skip
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+)
 QWEN2 = Style(
     special=_QWEN_SPECIAL,
     bos="<|endoftext|>",
     eos="<|im_end|>",
     pad="<|endoftext|>",
-    template=_template(
-        head="", turn="<|im_start|>{{ message['role'] }}\n", tail="<|im_end|>\n", **_QWEN_MEDIA
-    ),
+    template=_template(head="", turn="<|im_start|>{{ message['role'] }}\n", tail="<|im_end|>\n", **_QWEN_MEDIA),
 )
 QWEN3 = Style(
     special=_QWEN_SPECIAL,
@@ -80,16 +79,23 @@ QWEN3 = Style(
         head="",
         turn="{% if message['role'] == 'tool' %}<|im_start|>user\n<tool_response>\n"
         "{% else %}<|im_start|>{{ message['role'] }}\n{% endif %}",
-        tail="{% if message['role'] == 'tool' %}\n</tool_response>{% endif %}<|im_end|>\n",
+        # Jinja drops a newline right after a tag, hence the expression.
+        tail="{% if message['role'] == 'tool' %}{{ '\n' }}</tool_response>{% endif %}<|im_end|>\n",
         # The video processor of Qwen3-VL writes start and end around every frame itself and replaces the outer pair.
         **_QWEN_MEDIA,
     ),
 )
 SMOLVLM = Style(
     special=(
-        "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>",
-        "<global-img>", *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),
-    ),  # fmt: skip
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<end_of_utterance>",
+        "<fake_token_around_image>",
+        "<image>",
+        "<global-img>",
+        *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),
+    ),
     bos="<|im_start|>",
     eos="<end_of_utterance>",
     pad="<|im_end|>",

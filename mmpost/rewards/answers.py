@@ -29,7 +29,7 @@ def answer(
             return _same_number(found, gold, tolerance)
         if len(gold) == 1 and gold.isalpha():
             return to_letter(found) == gold.upper()
-        return found is not None and found.casefold() == normalise(gold).casefold()
+        return found is not None and found.casefold() == gold.casefold()
 
     return _score(completions, solution, equal)
 
@@ -57,7 +57,7 @@ def exact(
     return _score(
         completions,
         solution,
-        lambda found, gold: found is not None and found.casefold() == normalise(gold).casefold(),
+        lambda found, gold: found is not None and found.casefold() == gold.casefold(),
     )
 
 
@@ -68,6 +68,6 @@ def _same_number(found: str | None, gold: str, tolerance: float) -> bool:
 
 def _score(completions: list[Any], solution: list[Any], equal: Callable[[str | None, str], bool]) -> list[float | None]:
     return [
-        None if gold is None else float(equal(extract(text_of(completion)), str(gold).strip()))
+        None if gold is None else float(equal(extract(text_of(completion)), normalise(str(gold))))
         for completion, gold in zip(completions, solution, strict=True)
     ]

@@ -10,9 +10,9 @@ import re
 import unicodedata
 from typing import Any
 
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
 _PHRASE = re.compile(r"answer\s+is\s*:?\s*([^\n]+?)\s*(?:[.!](?:\s|$)|$)", re.IGNORECASE | re.MULTILINE)
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _LETTER = re.compile(r"^\(?([A-Z])\)?(?:[.):\s].*)?$", re.DOTALL)
 
 
@@ -67,7 +67,7 @@ def to_number(text: str | None) -> float | None:
     if text is None:
         return None
     body = text.strip().removesuffix("%").strip()
-    if not body or not _NUMBER.fullmatch(body) or not any(c.isdigit() for c in body):
+    if not _NUMBER.fullmatch(body):
         return None
     return float(body.replace(",", "")) / (100.0 if text.strip().endswith("%") else 1.0)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmpost.rewards.extract import last_boxed, text_of
 
-_ONE_ANSWER = re.compile(r"(?:(?!</?answer>).)*<answer>(?:(?!</?answer>).)+</answer>\s*", re.DOTALL)
+_ONE_ANSWER = re.compile(r"(?:(?!</?answer>).)*<answer>\s*(?!</?answer>)\S(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
 
 
 def answer_tags(prompts: list[Any], completions: list[Any], **columns: list[Any]) -> list[float | None]:

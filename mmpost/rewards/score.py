@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import math
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,8 +107,10 @@ def score(groups: Sequence[Group], rewards: Sequence[Reward]) -> None:
 
 def _columns(groups: Sequence[Group]) -> dict[str, list[Any]]:
     """TRL's keyword arguments: prompts, completions, completion_ids and every data column, one entry per rollout."""
-    names = sorted({name for group in groups for name in group.prompt.columns})
-    out: dict[str, list[Any]] = {name: [] for name in ("prompts", "completions", "completion_ids", *names)}
+    own = ("prompts", "completions", "completion_ids")
+    # A column of the data cannot take the place of what the policy wrote.
+    names = sorted({name for group in groups for name in group.prompt.columns} - set(own))
+    out: dict[str, list[Any]] = {name: [] for name in (*own, *names)}
     for group in groups:
         prompt = messages(group.prompt)
         for rollout in group.rollouts:
@@ -148,9 +151,9 @@ def _call(reward: Reward, columns: dict[str, list[Any]]) -> Any:
 
     def work() -> None:
         try:
-            value = reward.function(**columns, **reward.spec.args)
+            value = reward.function(**{**columns, **reward.spec.args})
             box["value"] = asyncio.run(value) if inspect.iscoroutine(value) else value
-        except Exception as error:
+        except BaseException as error:  # user code may raise anything, sys.exit included; reported with its own words
             box["error"] = error
 
     thread = threading.Thread(target=work, daemon=True, name=f"reward-{reward.name}")
@@ -164,7 +167,7 @@ def _call(reward: Reward, columns: dict[str, list[Any]]) -> Any:
         )
     if "error" in box:
         error = box["error"]
-        where = _user_line(error)
+        where = _user_line(error, reward.function)
         raise MmpostError(
             "MMP-R120",
             f"reward '{reward.name}' raised {type(error).__name__}: {error}{where}.",
@@ -173,11 +176,16 @@ def _call(reward: Reward, columns: dict[str, list[Any]]) -> Any:
     return box["value"]
 
 
-def _user_line(error: Exception) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})" if trace is not None else ""
+def _user_line(error: BaseException, function: Callable[..., Any]) -> str:
+    """Where in the function's own file it went wrong, as `` (file:line)``; empty when the call itself was refused."""
+    called = inspect.unwrap(function)
+    code = getattr(called, "__code__", None) or getattr(type(called).__call__, "__code__", None)
+    lines = [
+        f" ({frame.filename}:{frame.lineno})"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if code is not None and frame.filename == code.co_filename
+    ]
+    return lines[-1] if lines else ""
 
 
 def _validated(reward: Reward, values: Any, count: int) -> list[float | None]:

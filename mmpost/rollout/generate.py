@@ -126,20 +126,21 @@ def _sample(
     logits: Tensor, media: Tensor, sampling: Sampling, uids: np.ndarray, generations: np.ndarray, t: int
 ) -> tuple[Tensor, Tensor]:
     """One token per row by inverse CDF in float64, and its log-probability before any cut."""
-    logp = (logits / (sampling.temperature or 1.0)).log_softmax(-1)
-    # A sampled media placeholder would have no features behind it.
-    allowed = logp.index_fill(-1, media, -torch.inf)
+    scaled = logits / (sampling.temperature or 1.0)
+    # A sampled media placeholder would have no features behind it. It is ruled out before the softmax: a large logit
+    # of a placeholder must not push all other tokens to probability 0.
+    allowed = scaled.index_fill(-1, media, -torch.inf)
     if sampling.temperature == 0:
         chosen = allowed.argmax(-1)
     else:
-        probability = allowed.double().exp()
+        probability = allowed.double().softmax(-1)
         if sampling.top_p < 1:
             probability = _nucleus(probability, sampling.top_p)
         u = torch.from_numpy(np.atleast_1d(seeding.uniform(sampling.seed, "sampling", uids, generations, t)))
         edges = probability.cumsum(-1)
         chosen = torch.searchsorted(edges, u.to(edges.device)[:, None] * edges[:, -1:], right=True)[:, 0]
         chosen = chosen.clamp(max=logits.shape[-1] - 1)
-    return chosen, logp.gather(-1, chosen[:, None])[:, 0]
+    return chosen, scaled.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
 
 
 def _nucleus(probability: Tensor, top_p: float) -> Tensor:

@@ -17,6 +17,8 @@ import torch
 from mmpost.models.load import LoadedModel
 from mmpost.train.distributed import Processes
 
+PARTIAL = "partial-"
+
 
 def save(
     folder: Path,
@@ -36,7 +38,8 @@ def save(
     """
     streams = processes.gather(torch.get_rng_state())
     if processes.is_main:
-        scratch = folder.with_name(folder.name + ".partial")
+        # The name does not match ``step-*``: a kill before the rename must not leave what looks like a checkpoint.
+        scratch = folder.with_name(PARTIAL + folder.name)
         shutil.rmtree(scratch, ignore_errors=True)
         model.save(scratch)
         inside = scratch / "trainer_state"
@@ -74,7 +77,9 @@ def restore(folder: Path, optimizer: torch.optim.Optimizer, processes: Processes
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints."""
+    """Delete all but the newest ``keep`` checkpoints, and what a kill left half written."""
+    for torn in folder.glob(f"{PARTIAL}*"):
+        shutil.rmtree(torn)
     complete = sorted(place.parent.parent for place in folder.glob("step-*/trainer_state/state.json"))
     for old in complete[:-keep]:
         shutil.rmtree(old)

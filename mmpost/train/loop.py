@@ -91,6 +91,7 @@ class Loop:
         self.state = State()
         self._stop = False
         self._dropped = 0
+        self._saved: int | None = None
 
     def resume(self, place: Path) -> None:
         """Go on from a checkpoint."""
@@ -129,10 +130,13 @@ class Loop:
             if self.state.step >= self.total:
                 break
         last = self.state.step
-        if _due(first, last, self.train.save_steps) and last < self.total:
-            self.save()
-        if self.evaluate is not None and self.eval_steps and _due(first, last, self.eval_steps) and last < self.total:
+        if last >= self.total:
+            return
+        # Evaluation first: a checkpoint keeps the log up to itself, and what follows it is forgotten by a resumption.
+        if self.evaluate is not None and self.eval_steps and _due(first, last, self.eval_steps):
             self._evaluate()
+        if _due(first, last, self.train.save_steps):
+            self.save()
 
     def _step(self, update: Update, started: float) -> None:
         collected = time.perf_counter()
@@ -200,9 +204,13 @@ class Loop:
 
     def _note_dropped(self) -> None:
         """Rows that were left out are named once, never silently."""
-        for error in self.source.stream.dropped[self._dropped :]:
-            self._event("dropped", str(error))
+        new = self.source.stream.dropped[self._dropped :]
         self._dropped = len(self.source.stream.dropped)
+        if self.processes.max(len(new)):
+            # Each process sees its own rows only; dict.fromkeys keeps the order and names a row once.
+            texts = [text for part in self.processes.gather([str(error) for error in new]) for text in part]
+            for text in dict.fromkeys(texts):
+                self._event("dropped", text)
 
     def _event(self, kind: str, text: str) -> None:
         if self.folder is not None:
@@ -220,13 +228,16 @@ class Loop:
             self._event("eval", f"{task}: accuracy {result['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {result['n']}")
 
     def save(self) -> None:
-        """Write a checkpoint of this moment."""
+        """Write a checkpoint of this moment, unless it is written already."""
+        if self._saved == self.state.step:
+            return
         place = self.output / "checkpoints" / f"step-{self.state.step:06d}"
         offsets = self.folder.offsets() if self.folder is not None else {}
         state = {**self.state.as_json(), "stream": self.source.stream.state_dict(), "offsets": offsets}
         checkpoint.save(place, self.model, self.learner.optimizer, state, self.processes)
         if self.processes.is_main:
             checkpoint.prune(place.parent, self.train.save_total_limit)
+        self._saved = self.state.step
         if self.progress is not None:
             self.progress.checkpoint(place)
 

@@ -115,7 +115,7 @@ class RowStream:
     Every step draws ``count`` rows for all processes together; each process encodes only its own slice.
 
     Attributes:
-        dropped: Errors of rows that were left out, in order.
+        dropped: Errors of rows that were left out, each row once.
     """
 
     def __init__(
@@ -141,6 +141,7 @@ class RowStream:
         self._loader: Iterator[Any] | None = None
         self._skip_codes = (("MMP-D014",) if on_long == "drop" else ()), on_bad_row != "error"
         self.dropped: list[MmpostError] = []
+        self._left_out: set[tuple[int, int]] = set()
         self.epoch = 0.0
 
     def _new_sampler(self) -> Sampler:
@@ -161,7 +162,28 @@ class RowStream:
                 except MmpostError as error:
                     if not self._may_skip(error):
                         faults.append(error)
+                    else:
+                        self._leave_out((s, r), error)
         raise_all(faults)
+        if len(self._left_out) == sum(len(source) for source in self.sources):
+            raise_all(self.dropped)
+
+    def any_row(self) -> Encoded:
+        """The first row that can be encoded, for passes that only keep processes in step.
+
+        Raises:
+            MmpostError: What is wrong with the rows, when there is none.
+        """
+        for s, source in enumerate(self.sources):
+            for r, sample in enumerate(source):
+                try:
+                    return self._encode((s, r), sample)
+                except MmpostError as error:
+                    if not self._may_skip(error):
+                        raise
+                    self._leave_out((s, r), error)
+        raise_all(self.dropped)
+        raise AssertionError("a stream without rows cannot be made")
 
     def next(self) -> list[Drawn]:
         """This process's rows of the next step."""
@@ -181,10 +203,16 @@ class RowStream:
             except MmpostError as error:
                 if not self._may_skip(error):
                     raise
-                self.dropped.append(error)
+                self._leave_out((draw.source, draw.row), error)
                 continue
             rows.append(Drawn(sample, encoded, first + offset))
         return rows
+
+    def _leave_out(self, place: tuple[int, int], error: MmpostError) -> None:
+        """Remember a row that does not fit; it is named once, however often it is drawn."""
+        if place not in self._left_out:
+            self._left_out.add(place)
+            self.dropped.append(error)
 
     def _may_skip(self, error: MmpostError) -> bool:
         codes, any_data_fault = self._skip_codes

@@ -54,7 +54,7 @@ class Demonstrations:
         if rows:
             self._last = rows[0]
         if self._last is None:
-            raise RuntimeError("the first batch of this process held no row that trains")
+            self._last = Row(self.stream.any_row())
         samples = [
             sample_record(item.sample, item.sample.turns[-1].text, tokens=item.encoded.num_trained)
             for item in drawn[: self.num_samples]
@@ -104,7 +104,9 @@ class Completions:
                     row.old = old
         for iteration in range(self.section.num_iterations):
             for batch in batches:
-                yield batch if iteration == 0 else Update(batch.rows, batch.positions, batch.row_count, batch.spare)
+                # Metrics of the rollout count once; the samples are those of every step that works on them.
+                again = Update(batch.rows, batch.positions, batch.row_count, batch.spare, samples=batch.samples)
+                yield batch if iteration == 0 else again
 
     def _collect(self) -> Update:
         clock = time.perf_counter()
@@ -152,7 +154,8 @@ class Completions:
                 if advantage != 0 or self.parts.beta:
                     rows.append(row)
         if self._spare is None:
-            self._spare = Row(prompts[0].with_completion(torch.tensor([self.adapter.pad_token_id])), 0.0)
+            prompt = prompts[0] if prompts else self.stream.any_row()
+            self._spare = Row(prompt.with_completion(torch.tensor([self.adapter.pad_token_id])), 0.0)
         return Update(rows, positions, row_count, self._spare, samples=samples)
 
     def _scores(self, group: Group) -> list[float | None]:

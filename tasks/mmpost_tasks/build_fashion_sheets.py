@@ -19,9 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-CLASSES = (
-    "t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
-)  # fmt: skip
+from mmpost_tasks.tiles import CLOTHES
+
 # Split, official file it is taken from, and pictures per class; also the order of rows in a sheet.
 PLAN = (("train", "train", 180), ("unlabelled", "train", 80), ("heldout", "t10k", 60))
 SIDE = 28
@@ -68,7 +67,7 @@ def build(source: Path, target: Path) -> None:
     files = {stem: read_idx(source, stem) for stem in ("train", "t10k")}
     official = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(source.glob("*-ubyte.gz"))}
     sheets = []
-    for class_number, label in enumerate(CLASSES):
+    for class_number, label in enumerate(CLOTHES):
         chosen = select(files, class_number)
         pictures = np.concatenate([files[stem][0][chosen[split]] for split, stem, _ in PLAN])
         path = target / f"fashion_{class_number}.png"

@@ -30,6 +30,7 @@ from mmpost.core.errors import MmpostError
 
 SPLITS = ("train", "unlabelled", "heldout")
 DIGITS = tuple("0123456789")
+# In the order of the official class numbers.
 CLOTHES = (
     "t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
@@ -91,7 +92,7 @@ def _digit_split(pixels: np.ndarray) -> str:
 @cache
 def _digits() -> dict[str, dict[str, Tiles]]:
     bunch = load_digits()
-    counts = bunch.images.astype(np.uint8)  # 0..16 dark pixels of a 4x4 block of the scan
+    counts = bunch.images.astype(np.uint8)  # 0..16 ink pixels of a 4x4 block of the scan
     pixels = np.round(counts * (255 / 16)).astype(np.uint8)
     positions: dict[tuple[str, str], list[int]] = {(split, label): [] for split in SPLITS for label in DIGITS}
     for position, (tile, label) in enumerate(zip(counts, bunch.target, strict=True)):

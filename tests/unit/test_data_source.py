@@ -264,6 +264,12 @@ def test_a_reader_of_the_users_own(here):
     assert table.samples[0].turns[0].text == "hello"
 
 
+def test_an_object_without_rows():
+    with pytest.raises(MmpostError) as caught:
+        read_rows(5, name="d")
+    assert str(caught.value) == "d: data is int; expected rows or a path [MMP-D032]"
+
+
 def test_tasks_are_not_read_here():
     with pytest.raises(ValueError, match="given by the task"):
         read_source(Source(path="task:x"))

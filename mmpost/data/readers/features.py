@@ -20,12 +20,14 @@ def undecoded(rows: Iterable[Any], *, name: str) -> Iterable[Any]:
         name: Name for messages.
 
     Raises:
-        MmpostError: MMP-D033 for a dictionary of splits.
+        MmpostError: MMP-D032 for an object without rows, MMP-D033 for a dictionary of splits.
     """
     if isinstance(rows, Mapping):
         raise MmpostError(
             "MMP-D033", f"{name}: has the splits {', '.join(map(str, rows))}.", "Choose one with Source.split"
         )
+    if not isinstance(rows, Iterable):
+        raise MmpostError("MMP-D032", f"{name}: data is {type(rows).__name__}; expected rows or a path")
     features = getattr(rows, "features", None)
     if not isinstance(features, Mapping) or not hasattr(rows, "cast_column"):
         return rows

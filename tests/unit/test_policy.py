@@ -1,0 +1,166 @@
+"""Log-probabilities of mixed batches against plain transformers on each row alone."""
+
+import pytest
+import torch
+
+from mmpost.config.schema import FullSettings, LoraSettings
+from mmpost.models import policy as policy_module
+from mmpost.models.load import _checkpoint_language_model, part_of
+
+
+def _plain_logits(model, inputs, length):
+    with torch.no_grad():
+        return model(**{name: tensor for name, tensor in inputs.items()}).logits[0, :length]
+
+
+def _per_row(adapter, reference, plain_inputs, samples, temperature):
+    """Log-probabilities and entropies of the trained positions, row by row, with transformers alone."""
+    model, processor = reference
+    logps, entropies = [], []
+    for sample in samples:
+        encoded = adapter.encode(sample)
+        logits = _plain_logits(model, plain_inputs(processor, sample), len(encoded)) / temperature
+        logp = logits.log_softmax(-1)
+        trained = encoded.train.nonzero()[:, 0]
+        logps.append(logp[trained - 1, encoded.ids[trained]])
+        entropies.append(torch.distributions.Categorical(logits=logits[trained - 1]).entropy())
+    return torch.cat(logps), torch.cat(entropies)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_mixed_batch_equals_each_row_alone(
+    tiny_model, reference, plain_inputs, mixed_rows, temperature, record_property
+):
+    adapter = tiny_model.adapter
+    batch = adapter.collate([adapter.encode(sample) for sample in mixed_rows])
+    with torch.no_grad():
+        logp, entropy = tiny_model.policy(batch, temperature)
+    expected, spread = _per_row(adapter, reference, plain_inputs, mixed_rows, temperature)
+    record_property("max_logp_difference", float((logp - expected).abs().max()))
+    assert (logp - expected).abs().max() < 1e-5
+    assert (entropy - spread).abs().max() < 1e-5
+    assert logp.std() > 1e-3  # a constant answer would pass everything above
+
+
+def test_mixed_batch_equals_each_row_alone_in_float64(open_tiny, plain, plain_inputs, mixed_rows, record_property):
+    model, reference = open_tiny(double=True), plain(double=True)
+    batch = model.adapter.collate([model.adapter.encode(sample) for sample in mixed_rows])
+    with torch.no_grad():
+        logp, _ = model.policy(batch)
+    assert logp.dtype == torch.float64
+    expected, _ = _per_row(model.adapter, reference, plain_inputs, mixed_rows, 1.0)
+    record_property("max_logp_difference", float((logp - expected).abs().max()))
+    assert (logp - expected).abs().max() < 1e-10
+
+
+def test_padding_on_the_left_and_row_order_change_nothing(tiny_model, mixed_rows):
+    adapter = tiny_model.adapter
+    rows = [adapter.encode(sample) for sample in mixed_rows]
+    with torch.no_grad():
+        right, _ = tiny_model.policy(adapter.collate(rows))
+        left, _ = tiny_model.policy(adapter.collate(rows, left=True))
+        back, _ = tiny_model.policy(adapter.collate(rows[::-1]))
+    sizes = [row.num_trained for row in rows]
+    assert (left - right).abs().max() < 1e-5
+    assert (torch.cat(back.split(sizes[::-1])[::-1]) - right).abs().max() < 1e-5
+
+
+def test_nothing_is_left_over_from_an_earlier_call(tiny_model, mixed_rows):
+    adapter = tiny_model.adapter
+    rows = [adapter.encode(sample) for sample in mixed_rows]
+    alone = adapter.collate(rows[:1])
+    with torch.no_grad():
+        before, _ = tiny_model.policy(alone)
+        tiny_model.policy(adapter.collate(rows[1:]))
+        after, _ = tiny_model.policy(alone)
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10_000])
+def test_the_head_in_chunks_gives_the_same_numbers_and_gradients(open_tiny, mixed_rows, monkeypatch, chunk):
+    model = open_tiny(peft=FullSettings())
+    batch = model.adapter.collate([model.adapter.encode(sample) for sample in mixed_rows[:2]])
+    whole, entropy = model.policy(batch)
+    whole.sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.policy.named_parameters()}
+    model.policy.zero_grad()
+    monkeypatch.setattr(policy_module, "HEAD_CHUNK", chunk)
+    parts, entropy_parts = model.policy(batch)
+    parts.sum().backward()
+    assert torch.allclose(parts, whole, atol=1e-6)
+    assert torch.allclose(entropy_parts, entropy, atol=1e-6)
+    for name, parameter in model.policy.named_parameters():
+        assert torch.allclose(parameter.grad, gradients[name], atol=1e-5), name
+
+
+def test_a_batch_without_trained_positions_is_empty_not_an_error(tiny_model, mixed_rows):
+    adapter = tiny_model.adapter
+    logp, entropy = tiny_model.policy(adapter.collate([adapter.encode_prompt(mixed_rows[1].prompt())]))
+    assert logp.shape == entropy.shape == (0,)
+
+
+@pytest.mark.parametrize("freeze", [[], ["vision_tower"], ["vision_tower", "projector"], ["language_model"]])
+def test_frozen_parts_get_no_gradient_and_the_others_do(open_tiny, mixed_rows, freeze):
+    model = open_tiny(peft=FullSettings(), freeze=freeze)
+    batch = model.adapter.collate([model.adapter.encode(sample) for sample in mixed_rows[1:3]])
+    model.policy(batch)[0].sum().backward()
+    seen = {"vision_tower": 0, "projector": 0, "language_model": 0}
+    for name, parameter in model.policy.model.named_parameters():
+        part = part_of(name)
+        seen[part] += 1
+        assert parameter.requires_grad == (part not in freeze), name
+        assert (parameter.grad is not None) == (part not in freeze), name
+    assert all(seen.values())
+
+
+def test_lora_sits_on_the_language_model_alone(open_tiny):
+    model = open_tiny(peft=LoraSettings(r=4))
+    names = [name for name, parameter in model.policy.model.named_parameters() if parameter.requires_grad]
+    assert names
+    assert all("lora_" in name for name in names)
+    assert not any(word in name for name in names for word in ("visual", "vision", "connector", "lm_head", "merger"))
+    per_layer = 2 * 7  # A and B of q, k, v, o, gate, up, down
+    assert len(names) == per_layer * model.policy.inner.config.get_text_config().num_hidden_layers
+
+
+def test_fresh_lora_changes_nothing_and_its_removal_is_the_base(open_tiny, tiny_model, mixed_rows):
+    model = open_tiny(peft=LoraSettings(r=4))
+    batch = model.adapter.collate([model.adapter.encode(sample) for sample in mixed_rows])
+    with torch.no_grad():
+        base, _ = tiny_model.policy(batch)
+        fresh, _ = model.policy(batch)
+        for name, parameter in model.policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
+        moved, _ = model.policy(batch)
+        with model.policy.model.disable_adapter():
+            without, _ = model.policy(batch)
+    assert torch.allclose(fresh, base, atol=1e-6)
+    assert torch.allclose(without, base, atol=1e-6)
+    assert (moved - base).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("peft", [FullSettings(), LoraSettings(r=4)])
+def test_gradient_checkpointing_changes_no_gradient_and_leaves_a_frozen_tower_alone(open_tiny, mixed_rows, peft):
+    gradients = []
+    for checkpointing in (False, True):
+        model = open_tiny(peft=peft, freeze=["vision_tower", "projector"])
+        if checkpointing:
+            _checkpoint_language_model(model.policy.model)
+        tower = next(m for n, m in model.policy.inner.named_modules() if n in ("model.visual", "model.vision_model"))
+        calls, decoder = [], []
+        tower.register_forward_hook(lambda module, args, out, calls=calls: calls.append(module))
+        attention = next(
+            m for n, m in model.policy.inner.named_modules() if n.endswith("layers.0.self_attn") and "vision" not in n
+        )
+        attention.register_forward_hook(lambda module, args, out, calls=decoder: calls.append(module))
+        model.policy.train()
+        batch = model.adapter.collate([model.adapter.encode(sample) for sample in mixed_rows[:3]])
+        model.policy(batch)[0].sum().backward()
+        assert len(calls) == 1  # encoded once, not recomputed for the backward pass
+        assert len(decoder) == 1 + checkpointing
+        gradients.append({n: p.grad for n, p in model.policy.named_parameters() if p.requires_grad})
+    first, second = gradients
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.allclose(first[name], second[name], atol=1e-6), name
