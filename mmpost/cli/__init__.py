@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from mmpost.core.errors import MmpostError
 
 # How long the other processes of a run leave the word to the first one.
-OTHERS_S = 3.0
+OTHERS_S = 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -81,6 +81,9 @@ def _unexpected(error: Exception) -> int:
             "data.media.max_pixels. [MMP-T001]\n"
         )
         return 5
+    if "closed by peer" in str(error) and os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stderr.write("another process of this run has ended; its own message says why. [MMP-T003]\n")
+        return 1
     crash = os.path.abspath("crash.txt")
     text = traceback.format_exc()
     try:

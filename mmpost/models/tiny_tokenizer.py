@@ -181,6 +181,10 @@ _ANSWERS = (
 _TURNS = (
     "system\n", "user\n", "assistant\n", "tool\n", "System:", "User:", "Assistant:", "Tool:",
     "You are a helpful assistant.", "(A) (B) (C) (D)", "Answer with the letter of the correct option.",
+    "Answer in <answer> tags.", "Answer with the letter in <answer> tags.", "t-shirt trousers",
+    "Which digit is larger?", "Name the bigger digit.", "What do the two digits add up to?", "Count the shoes.",
+    "What digit do you see on the right?", "Read the digit in the middle.", "How many of the pieces are shoes?",
+    "Which piece of clothing is this?", "What does the picture show?", "Add the two digits.",
 )  # fmt: skip
 
 

@@ -50,8 +50,8 @@ from mmpost_tasks.task import Task
 ROWS = {"train": 6000, "unlabelled": 2000, "heldout": 1000}
 SHOES = ("sandal", "sneaker", "ankle boot")
 LETTERS = ("A", "B", "C", "D")
-ANSWER = "Answer as <answer>...</answer>."
-ANSWER_LETTER = "Answer with the letter as <answer>...</answer>."
+ANSWER = "Answer in <answer> tags."
+ANSWER_LETTER = "Answer with the letter in <answer> tags."
 
 _PLACES = {1: ("",), 2: ("on the left", "on the right"), 3: ("on the left", "in the middle", "on the right")}
 _DRAWS_PER_ROW = 24

@@ -107,7 +107,7 @@ def test_trained_model_answers_without_being_saved(project, small):
 @pytest.mark.parametrize(
     ("make", "code"),
     [
-        (lambda model: SFTTrainer(model), "MMP-C031"),
+        (lambda model: SFTTrainer(model, SFTConfig()), "MMP-C031"),
         (lambda model: SFTConfig(max_stepz=3), "MMP-C001"),
         (lambda model: SFTConfig(max_steps="ten"), "MMP-C004"),
         (lambda model: load_data("nowhere.jsonl"), "MMP-D030"),

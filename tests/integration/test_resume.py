@@ -94,7 +94,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(mmpost, project
     shutil.copytree(last, run / "checkpoints" / f"partial-step-{done + 2:06d}")
     shutil.copytree(last, run / "checkpoints" / f"step-{done + 4:06d}", ignore=lambda *_: ["state.json"])
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": %d, "loss": 1.0}\n{"step": %d, "lo' % (done + 1, done + 2))
+        file.write(f'{{"step": {done + 1}, "loss": 1.0}}\n{{"step": {done + 2}, "lo')
     again = mmpost("resume", run) if done % 2 else mmpost(*words, "output_dir=runs/parts")
     assert again.code == 0
     assert f"continuing from {last.name}" in again.err

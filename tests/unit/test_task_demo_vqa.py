@@ -30,7 +30,7 @@ PICTURES = {
     ("clothes", "unlabelled"): (800, "74b208f42f95252a"),
     ("clothes", "heldout"): (600, "9dfc8744023d60c4"),
 }
-QUESTIONS = {"unlabelled": "aee7fcfadb6db7ef", "heldout": "86c26f9cdede1846", "train": "0a58108c0ad08eb5"}
+QUESTIONS = {"unlabelled": "4130060c7b19708b", "heldout": "68294ff34a27bb79", "train": "93b3523d227a6497"}
 
 
 @pytest.fixture(scope="module")

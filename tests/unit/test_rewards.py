@@ -1,0 +1,471 @@
+"""From completions to scores: what counts as an answer, what equals what, and what happens when a function fails."""
+
+import asyncio
+import functools
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmpost.config.schema import RewardSpec
+from mmpost.core.errors import MmpostError
+from mmpost.core.rollout import Group, Rollout
+from mmpost.core.sample import Part, Sample, Turn
+from mmpost.rewards import REWARDS
+from mmpost.rewards.answers import answer, choice, exact, number
+from mmpost.rewards.extract import extract, last_boxed, to_letter, to_number
+from mmpost.rewards.form import answer_tags, boxed
+from mmpost.rewards.score import Reward, check_columns, needed_columns, resolve, score
+
+HERE = Path(__file__)
+
+# -- extraction ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (r"\boxed{7}", "7"),
+        (r"first \boxed{1}, then \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{1} and an open \boxed{2", "1"),
+        (r"\boxed{{a} \boxed{b}", "b"),
+        (r"<answer>3</answer> but \boxed{4}", "4"),
+        (r"\boxed{4} but <answer>3</answer>", "4"),
+        ("<answer>a</answer> <answer>b</answer>", "b"),
+        ("<ANSWER>a</ANSWER>", "a"),
+        ("<answer>\n two \n lines </answer>", "two lines"),
+        ("I put it in <answer> tags: <answer>5</answer>", "5"),
+        ("<answer>a", None),
+        ("The answer is 12.", "12"),
+        ("The answer is: B", "B"),
+        ("the answer is 3.5. It is not 4.", "3.5"),
+        ("The answer is 1. No, the answer is 2!", "2"),
+        ("The answer is red\nand the rest", "red"),
+        ("12", None),
+        ("", None),
+        (r"\boxed{}", None),
+        ("<answer> </answer>", None),
+        (r"\boxed{$5$}", "5"),
+        (r"\boxed{\text{red}}", "red"),
+        (r"\boxed{ red . }", "red"),
+        (r"\boxed{１２３}", "123"),
+        (r"\boxed{Ａ}", "A"),
+    ],
+)
+def test_extraction(text, found):
+    assert extract(text) == found
+
+
+def test_an_unparsed_answer_equals_nothing_not_even_another_one():
+    for function in (answer, exact, number, choice):
+        for gold in ("None", "none", "", "7"):
+            assert function([[]], ["no answer here"], solution=[gold]) == [0.0]
+        assert function([[]], ["no answer here"], solution=[None]) == [None]
+        assert function([[]], [r"\boxed{None}"], solution=[None]) == [None]
+
+
+def test_last_boxed_keeps_spaces_and_inner_braces():
+    assert last_boxed(r"x \boxed{ {a} {b} } y") == " {a} {b} "
+    assert last_boxed("nothing") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("5", 5.0), ("-5", -5.0), ("+5", 5.0), ("0.5", 0.5), (".5", 0.5), ("1e3", 1000.0), ("1.5E-2", 0.015),
+        ("1,234", 1234.0), ("1,234,567.5", 1234567.5), ("50%", 0.5), ("50 %", 0.5), (" 7 ", 7.0),
+        ("12,34", None), ("1,2345", None), (",123", None), ("5 cm", None), ("5cm", None), ("5 apples", None),
+        ("1/2", None), ("five", None), ("", None), ("-", None), (".", None), ("%", None), (None, None),
+        ("e5", None), ("E10", None), ("1e", None), ("1.2.3", None), ("nan", None), ("inf", None), ("--5", None),
+    ],
+)  # fmt: skip
+def test_numbers(text, value):
+    assert to_number(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"), ("b", "B"), ("(B)", "B"), ("(B", "B"), ("B.", "B"), ("B. bag", "B"), ("B) bag", "B"),
+        ("B: bag", "B"), ("(B) bag", "B"), (" B ", "B"), ("Bag", None), ("bag", None), ("BC", None), ("5", None),
+        ("", None), (None, None), ("[B]", None),
+    ],
+)  # fmt: skip
+def test_letters(text, letter):
+    assert to_letter(text) == letter
+
+
+# -- what equals what ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "said", "gold", "right"),
+    [
+        (number, "7", "7", 1), (number, "7.0", "7", 1), (number, "7", 7, 1), (number, "7", 7.0, 1),
+        (number, "1,234", "1234", 1), (number, "1234", "1,234", 1), (number, "50%", "0.5", 1),
+        (number, "50%", "50", 0), (number, "１２", "12", 1), (number, "12", "１２", 1), (number, "$12$", "12", 1),
+        (number, "12.", "12", 1), (number, "12", "12.", 1), (number, "5 cm", "5", 0), (number, "five", "5", 0),
+        (number, "8", "7", 0), (number, "-7", "7", 0), (number, "7", "red", 0), (number, "e5", "5", 0),
+        (number, "1000000.5", "1000000", 1), (number, "1000002", "1000000", 0), (number, "0.0000001", "0", 1),
+        (choice, "B", "B", 1), (choice, "b", "B", 1), (choice, "(B)", "B", 1), (choice, "B. bag", "B", 1),
+        (choice, "B", "(B)", 1), (choice, "B", "b", 1), (choice, "B", "B. bag", 1), (choice, "A", "B", 0),
+        (choice, "bag", "B", 0), (choice, "Ｂ", "B", 1), (choice, "red", "red", 0),
+        (exact, "Red", "red", 1), (exact, " red  bag ", "red bag", 1), (exact, "red.", "red", 1),
+        (exact, "red", "Red.", 1), (exact, "redd", "red", 0), (exact, "the red", "red", 0), (exact, "7.0", "7", 0),
+        (exact, r"\text{red}", "red", 1), (exact, "ＲＥＤ", "red", 1), (exact, "STRASSE", "straße", 1),
+        (answer, "7.0", "7", 1), (answer, "(B)", "B", 1), (answer, "b", "B", 1), (answer, "B. bag", "B", 1),
+        (answer, "RED", "red", 1), (answer, "1,234", "1234", 1), (answer, "50%", "0.5", 1), (answer, "7", "B", 0),
+        (answer, "5 cm", "5", 0), (answer, "7", 7, 1), (answer, "yes", "Yes", 1), (answer, "no", "yes", 0),
+        (answer, "5", "5.", 1), (answer, "five", "5", 0),
+    ],
+)  # fmt: skip
+def test_truth_table(function, said, gold, right):
+    for text in (rf"so \boxed{{{said}}}", f"<answer>{said}</answer>"):
+        assert function([[]], [[{"role": "assistant", "content": text}]], solution=[gold]) == [float(right)]
+
+
+def test_tolerance_is_relative():
+    def close(said, gold, tolerance):
+        return number([[]], [rf"\boxed{{{said}}}"], solution=[gold], tolerance=tolerance)[0]
+
+    assert close(101, 100, 0.02) == 1
+    assert close(103, 100, 0.02) == 0
+    assert close(10_100, 10_000, 0.02) == 1
+
+
+def test_columns_stay_in_order():
+    said = [r"\boxed{1}", r"\boxed{2}", "nothing", r"\boxed{4}"]
+    assert answer([[]] * 4, said, solution=["1", "3", "5", None]) == [1.0, 0.0, 0.0, None]
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("<answer>3</answer>", 1), ("I think.\n<answer>3</answer>\n", 1), ("<answer>3</answer> yes", 0),
+        ("<answer></answer>", 0), ("<answer> </answer>", 0), ("<answer>1</answer><answer>2</answer>", 0),
+        ("<answer><answer>2</answer>", 0), ("<answer></answer></answer>", 0), ("<answer>3", 0), ("3", 0), ("", 0),
+        ("<answer>\n3\n</answer>", 1),
+    ],
+)  # fmt: skip
+def test_form_of_answer_tags(text, right):
+    assert answer_tags([[]], [text]) == [float(right)]
+
+
+@pytest.mark.parametrize(
+    ("text", "right"), [(r"\boxed{3}", 1), (r"\boxed{}", 0), (r"\boxed{ }", 0), (r"\boxed{3", 0), ("3", 0)]
+)
+def test_form_of_boxes(text, right):
+    assert boxed([[]], [text]) == [float(right)]
+
+
+def test_completions_may_be_lists_of_parts():
+    said = [[{"role": "assistant", "content": [{"type": "text", "text": r"\boxed"}, {"type": "text", "text": "{3}"}]}]]
+    assert number([[]], said, solution=["3"]) == [1.0]
+
+
+# -- running functions -----------------------------------------------------------------------------------------------
+
+
+def _groups(texts=(("a", "bb"), ("ccc",)), columns=({"solution": "a"}, {"solution": "b"})):
+    groups = []
+    for k, (answers, column) in enumerate(zip(texts, columns, strict=True)):
+        parts = (Part("image", ref=b"x"), Part("text", "hi")) if k == 0 else (Part("text", "ho"),)
+        prompt = Sample(f"p{k}", (Turn("user", parts),), column, f"rows.jsonl:{k + 1}")
+        rollouts = [Rollout(np.arange(len(t)), np.zeros(len(t)), t, False) for t in answers]
+        groups.append(Group(prompt, rollouts, k))
+    return groups
+
+
+def _scores(groups):
+    return [rollout.score for group in groups for rollout in group.rollouts]
+
+
+def _reward(function, **spec):
+    return Reward(function.__name__, function, RewardSpec(name=function.__name__, **spec))
+
+
+def _error(function, **spec):
+    with pytest.raises(MmpostError) as caught:
+        score(_groups(), [_reward(function, **spec)])
+    return caught.value
+
+
+def test_functions_are_called_as_by_trl():
+    seen = {}
+
+    def length(prompts, completions, completion_ids, solution, **columns):
+        seen.update(prompts=prompts, completions=completions, ids=completion_ids, solution=solution, columns=columns)
+        return [len(message[0]["content"]) for message in completions]
+
+    groups = _groups()
+    score(groups, [_reward(length)])
+    assert _scores(groups) == [1.0, 2.0, 3.0]
+    assert seen["completions"] == [[{"role": "assistant", "content": text}] for text in ("a", "bb", "ccc")]
+    assert seen["ids"] == [[0], [0, 1], [0, 1, 2]]
+    assert seen["solution"] == ["a", "a", "b"]
+    assert seen["prompts"][0] == [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hi"}]}]
+    assert seen["prompts"][2] == [{"role": "user", "content": "ho"}]
+    assert seen["columns"] == {}
+
+
+def test_columns_of_some_rows_are_none_in_the_others():
+    seen = []
+
+    def look(completions, extra, **columns):
+        seen.extend(extra)
+        return [0.0] * len(completions)
+
+    score(_groups(columns=({"extra": 1}, {})), [_reward(look)])
+    assert seen == [1, 1, None]
+
+
+def test_a_data_column_cannot_replace_what_the_policy_wrote():
+    def count(prompts, completions, completion_ids, **columns):
+        assert len(prompts) == len(completions) == len(completion_ids) == 3
+        return [len(completion[0]["content"]) for completion in completions]
+
+    mine = {"prompts": "x", "completions": "y", "completion_ids": "z"}
+    groups = _groups(columns=(mine, mine))
+    score(groups, [_reward(count)])
+    assert _scores(groups) == [1.0, 2.0, 3.0]
+
+
+def test_options_go_before_columns_of_that_name():
+    def add(completions, bonus, **columns):
+        return [bonus] * len(completions)
+
+    groups = _groups(columns=({"bonus": 1}, {"bonus": 2}))
+    score(groups, [_reward(add, args={"bonus": 9})])
+    assert _scores(groups) == [9.0, 9.0, 9.0]
+
+
+def test_scores_are_weighted_sums_of_what_applies():
+    def first(completions, **columns):
+        return [1.0, None, None]
+
+    def second(completions, **columns):
+        return [2.0, float("nan"), 3]
+
+    groups = _groups()
+    score(groups, [_reward(first, weight=0.5), _reward(second, weight=-1)])
+    assert _scores(groups) == [-1.5, None, -3.0]
+    parts = [dict(rollout.score_parts) for group in groups for rollout in group.rollouts]
+    assert parts == [{"first": 1.0, "second": 2.0}, {"first": None, "second": None}, {"first": None, "second": 3.0}]
+
+
+def test_scores_may_come_as_arrays_and_flags():
+    def array(completions, **columns):
+        return np.array([0.5, np.nan, 1.0], dtype=np.float32)
+
+    def flags(completions, **columns):
+        return (True, False, True)
+
+    groups = _groups()
+    score(groups, [_reward(array), _reward(flags)])
+    assert _scores(groups) == [1.5, 0.0, 2.0]
+
+
+def test_an_error_names_the_line_of_the_user():
+    def broken(completions, **columns):
+        return [1 / 0 for _ in completions]
+
+    line = broken.__code__.co_firstlineno + 1
+    assert str(_error(broken)) == (
+        f"reward 'broken' raised ZeroDivisionError: division by zero ({HERE}:{line}). Correct the function, or set "
+        "rewards.on_error=null to leave its score out. [MMP-R120]"
+    )
+
+
+def test_an_error_inside_a_library_names_the_line_of_the_user_that_called_it():
+    import json
+
+    def parses(completions, **columns):
+        return [json.loads("{") for _ in completions]
+
+    class Callable:
+        def __call__(self, completions, **columns):
+            return [json.loads("{") for _ in completions]
+
+    async def later(completions, **columns):
+        await asyncio.sleep(0)
+        return [json.loads("{") for _ in completions]
+
+    @functools.wraps(parses)
+    def wrapped(*args, **columns):
+        return parses(*args, **columns)
+
+    for function, code, offset in (
+        (parses, parses.__code__, 1),
+        (Callable(), Callable.__call__.__code__, 1),
+        (later, later.__code__, 2),
+        (wrapped, parses.__code__, 1),
+    ):
+        with pytest.raises(MmpostError) as caught:
+            score(_groups(), [Reward("r", function, RewardSpec(name="r"))])
+        assert f"({HERE}:{code.co_firstlineno + offset})." in str(caught.value)
+
+
+def test_an_error_in_a_file_of_the_user_names_that_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def mine(completions, **columns):\n    x = 1\n    raise KeyError('gone')\n")
+    (reward,) = resolve([RewardSpec(name=f"{file}:mine")])
+    assert reward.name == "mine"
+    with pytest.raises(MmpostError) as caught:
+        score(_groups(), [reward])
+    assert f"reward 'mine' raised KeyError: 'gone' ({file}:3)." in str(caught.value)
+
+
+def test_a_refused_call_names_no_line_of_ours():
+    def narrow(completions):
+        return [0.0] * len(completions)
+
+    text = str(_error(narrow))
+    assert text.startswith("reward 'narrow' raised TypeError: ")
+    assert "score.py" not in text
+    assert text.endswith("[MMP-R120]")
+
+
+def test_even_an_exit_is_reported():
+    def leaves(completions, **columns):
+        raise SystemExit(3)
+
+    assert str(_error(leaves)).startswith("reward 'leaves' raised SystemExit: 3 (")
+
+
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [([1.0], "1 scores"), ([], "0 scores"), ([1.0] * 4, "4 scores"), (1.0, "float"), (None, "NoneType")],
+)
+def test_a_wrong_number_of_scores_is_refused(returned, got):
+    def short(completions, **columns):
+        return returned
+
+    assert str(_error(short)) == (
+        f"reward 'short' returned {got} for 3 completions. Return one number or None per completion. [MMP-R121]"
+    )
+
+
+@pytest.mark.parametrize(("value", "shown"), [("good", "'good'"), (float("inf"), "inf"), ([1], "[1]")])
+def test_a_score_that_is_no_number_is_refused(value, shown):
+    def odd(completions, **columns):
+        return [1.0, value, 0.0]
+
+    assert str(_error(odd)) == (
+        f"reward 'odd' returned {shown} for completion 2; expected a finite number or None. Return one number or None "
+        "per completion. [MMP-R121]"
+    )
+
+
+def test_a_slow_function_is_left_behind():
+    def slow(completions, **columns):
+        time.sleep(3)
+        return [0.0] * len(completions)
+
+    clock = time.perf_counter()
+    text = str(_error(slow, timeout=0.05))
+    assert time.perf_counter() - clock < 2
+    assert text == "reward 'slow' took longer than 0.05 s. Make it faster or raise rewards.timeout. [MMP-R122]"
+
+
+def test_a_slow_coroutine_is_left_behind_too():
+    async def sleepy(completions, **columns):
+        await asyncio.sleep(3)
+
+    assert _error(sleepy, timeout=0.05).code == "MMP-R122"
+
+
+def test_failures_may_be_left_out_and_are_counted_never_zero():
+    def broken(completions, **columns):
+        raise ValueError("no")
+
+    def short(completions, **columns):
+        return [1.0]
+
+    def slow(completions, **columns):
+        time.sleep(1)
+
+    def fine(completions, **columns):
+        return [1.0] * len(completions)
+
+    rewards = [_reward(f, on_error="null", timeout=0.1) for f in (broken, short, slow)] + [_reward(fine)]
+    groups = _groups()
+    score(groups, rewards)
+    score(groups, rewards)
+    assert [reward.failures for reward in rewards] == [2, 2, 2, 0]
+    assert _scores(groups) == [1.0, 1.0, 1.0]
+    for group in groups:
+        for rollout in group.rollouts:
+            assert rollout.score_parts == {"broken": None, "short": None, "slow": None, "fine": 1.0}
+    score(groups, rewards[:1])
+    assert _scores(groups) == [None, None, None]
+
+
+def test_async_functions_are_awaited_even_inside_a_running_loop():
+    async def later(completions, **columns):
+        await asyncio.sleep(0.001)
+        return [float(len(c[0]["content"])) for c in completions]
+
+    async def outside():
+        groups = _groups()
+        score(groups, [_reward(later)])
+        return _scores(groups)
+
+    assert asyncio.run(outside()) == [1.0, 2.0, 3.0]
+
+
+def test_no_completions_need_no_function():
+    score([], [])
+    score([Group(Sample("a", ()), [], 0)], [])
+
+
+# -- names and columns -----------------------------------------------------------------------------------------------
+
+
+def test_shipped_functions_resolve_by_name():
+    rewards = resolve([RewardSpec(name=name) for name in REWARDS])
+    assert [reward.name for reward in rewards] == list(REWARDS)
+    texts = (("<answer>3</answer>", r"\boxed{4}"), ("5",))
+    groups = _groups(texts, ({"solution": "3"}, {"solution": "5"}))
+    score(groups, rewards)
+    assert [r.score_parts["format"] for g in groups for r in g.rollouts] == [1.0, 0.0, 0.0]
+    assert [r.score_parts["answer"] for g in groups for r in g.rollouts] == [1.0, 0.0, 0.0]
+
+
+def test_a_reward_listed_twice_is_refused():
+    with pytest.raises(MmpostError) as caught:
+        resolve([RewardSpec(name="answer"), RewardSpec(name="answer", weight=2)])
+    assert str(caught.value) == "reward 'answer' is listed twice. Give each function its own name. [MMP-C030]"
+
+
+def test_an_unknown_reward_is_named():
+    with pytest.raises(MmpostError) as caught:
+        resolve([RewardSpec(name="anser")])
+    assert str(caught.value).startswith("unknown name 'anser' among rewards. Did you mean 'answer'? Known: answer, ")
+
+
+def test_needed_columns_are_what_has_no_default_and_no_option():
+    def function(prompts, completions, solution, level, completion_ids, trainer_state, note="x", **columns):
+        return []
+
+    assert needed_columns(_reward(function)) == ["solution", "level"]
+    assert needed_columns(_reward(function, args={"level": 3})) == ["solution"]
+    assert [needed_columns(r) for r in resolve([RewardSpec(name=n) for n in ("answer", "format")])] == [
+        ["solution"],
+        [],
+    ]
+
+
+def test_a_missing_column_is_named_before_training():
+    samples = [Sample(f"{i}", (), {"gold": "1"} if i else {"gold": "1", "solution": "1"}) for i in range(5)]
+    rewards = resolve([RewardSpec(name="format"), RewardSpec(name="answer")])
+    with pytest.raises(MmpostError) as caught:
+        check_columns(rewards, samples)
+    assert str(caught.value) == (
+        "reward 'answer' needs column 'solution', which 4 of 5 rows lack; columns: gold, solution. Add the column, or "
+        "map yours with data.columns. [MMP-D019]"
+    )
+    with pytest.raises(MmpostError, match=r"which 1 of 1 rows lack; columns: none\."):
+        check_columns(rewards, [Sample("a", ())])
+    check_columns(rewards, samples[:1])
