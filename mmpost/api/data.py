@@ -19,6 +19,7 @@ from mmpost_tasks import TASKS
 TASK_PREFIX = "task:"
 # ``data.verify=auto`` decodes every file up to this many, and only looks for them beyond.
 DECODE_ALL_UP_TO = 1000
+MANIFEST = "data_manifest.json"
 
 
 @dataclass(slots=True)
@@ -180,6 +181,30 @@ def manifest(data: Sequence[Data]) -> list[dict[str, Any]]:
         }
         for source in data
     ]
+
+
+def write_manifest(folder: Path, data: Sequence[Data]) -> None:
+    """Write what the run trains on."""
+    (folder / MANIFEST).write_text(json.dumps(manifest(data), indent=1) + "\n")
+
+
+def check_same(folder: Path, data: Sequence[Data]) -> None:
+    """An earlier run in the folder read the same rows.
+
+    Raises:
+        MmpostError: MMP-E021 when it did not; going on would mix two runs.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        return
+    before = {(entry["name"], entry["sha256"]) for entry in json.loads(file.read_text())}
+    changed = [source.name for source in data if (source.name, source.sha256) not in before]
+    if changed or len(before) != len({(source.name, source.sha256) for source in data}):
+        raise MmpostError(
+            "MMP-E021",
+            f"'{folder}' holds a run on other data: {', '.join(changed) or 'a source is missing'}.",
+            "Choose another train.output_dir, or train.overwrite=true to delete that run.",
+        )
 
 
 def write_bad_rows(path: Path, data: Sequence[Data]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import shutil
 import time
@@ -111,7 +110,7 @@ class Training:
         api_data.prepare(data, config.data, command=config.command)
         for source in data:
             check_columns(rewards, source.samples)
-        folder = self._open_folder()
+        folder = self._open_folder(data)
         if self.was_finished:
             return self.output
         torch.manual_seed(config.train.seed)
@@ -151,7 +150,7 @@ class Training:
             )
         return parts
 
-    def _open_folder(self) -> RunFolder | None:
+    def _open_folder(self, data: Sequence[Data]) -> RunFolder | None:
         """Open on the first process; all processes see the same outcome."""
         folder: RunFolder | None = None
         outcome: Any = None
@@ -163,6 +162,7 @@ class Training:
                     config_yaml=self.config_yaml,
                     overwrite=self.config.train.overwrite,
                 )
+                api_data.check_same(folder.path, data)
                 outcome = (folder.finished, [str(place) for place in folder.checkpoints()])
             except MmpostError as error:
                 outcome = error
@@ -340,7 +340,7 @@ class Training:
         if folder is None:
             return None
         left_out = api_data.write_bad_rows(folder.path / "bad_rows.jsonl", data)
-        (folder.path / "data_manifest.json").write_text(json.dumps(api_data.manifest(data), indent=1) + "\n")
+        api_data.write_manifest(folder.path, data)
         millions = model.policy.num_parameters() / 1e6
         trained = model.policy.num_parameters(trainable=True) / 1e6
         folder.add_environment(
@@ -375,7 +375,7 @@ class Training:
                 self.model,
                 section.tasks,
                 limit=section.limit,
-                batch_size=section.batch_size,
+                batch_size=section.per_device_eval_batch_size,
                 max_new_tokens=section.max_new_tokens,
             )
             for task, result in results.results.items():

@@ -90,7 +90,10 @@ def _chain(base: Path, seed: int, control: bool) -> tuple[dict[str, StageResult]
     _say(f"seed {seed}, stage init: {config.model.model_name_or_path} before any training")
     model = open_model(config.model, peft=None, media=config.data.media, seed=seed)
     clock = time.perf_counter()
-    results = evaluate(model, [TASK], batch_size=config.eval.batch_size, max_new_tokens=config.eval.max_new_tokens)
+    section = config.eval
+    results = evaluate(
+        model, [TASK], batch_size=section.per_device_eval_batch_size, max_new_tokens=section.max_new_tokens
+    )
     init = base / "init"
     shutil.rmtree(init, ignore_errors=True)
     results.save_samples(init)

@@ -94,9 +94,7 @@ def _items(item: type[BaseModel], node: Node) -> Node:
     entries = [node] if single else node.value
     if not isinstance(entries, list):
         return node
-    full = [
-        replace(e, value={main: e}, text=None) if main and isinstance(e.value, str) else e for e in entries
-    ]
+    full = [replace(e, value={main: e}, text=None) if main and isinstance(e.value, str) else e for e in entries]
     return replace(node, value=full, text=None)
 
 
@@ -118,9 +116,7 @@ class Checker:
     sources: dict[str, str] = field(default_factory=dict)
     masked: dict[str, str] = field(default_factory=dict)
 
-    def section(
-        self, model: type[BaseModel], node: Node, path: str, known: list[str] | None = None
-    ) -> dict[str, Any]:
+    def section(self, model: type[BaseModel], node: Node, path: str, known: list[str] | None = None) -> dict[str, Any]:
         """Values of one section, list item, or the whole configuration.
 
         Args:
@@ -132,9 +128,7 @@ class Checker:
         if not isinstance(node.value, dict):
             near = keys.leaf_paths(self.config_class).get(path, ())
             hint = f"; did you mean '{near[0]}'?" if len(near) == 1 else ""
-            self.problems.add(
-                node, "MMP-C004", f"{path}: expected a mapping of options, got {shown(node)}{hint}"
-            )
+            self.problems.add(node, "MMP-C004", f"{path}: expected a mapping of options, got {shown(node)}{hint}")
             return {}
         values: dict[str, Any] = {}
         for key, child in node.value.items():
@@ -143,9 +137,7 @@ class Checker:
                 self.unknown(child, path, key, known or list(model.model_fields))
             else:
                 self._field(info, child, f"{path}.{key}" if path else key, key, values)
-        if (
-            node.value.keys() <= model.model_fields.keys()
-        ):  # else the unknown key may be the required one, misspelt
+        if node.value.keys() <= model.model_fields.keys():  # else the unknown key may be the required one, misspelt
             for name, info in model.model_fields.items():
                 if info.is_required() and name not in node.value:
                     self.problems.add(node, "MMP-C004", f"{path}: '{name}' is missing")
@@ -185,9 +177,7 @@ class Checker:
         kind = keys.default_kind(info) if chosen is None else chosen.value
         others = {name: member for member in kinds.values() for name in member.model_fields}
         if not isinstance(kind, str) or kind not in kinds:
-            self._leaf(
-                info=_kind_field(kinds), node=chosen or node, path=f"{path}.kind", key="kind", values={}
-            )
+            self._leaf(info=_kind_field(kinds), node=chosen or node, path=f"{path}.kind", key="kind", values={})
             for key, child in node.value.items():
                 if key not in others:
                     self.unknown(child, path, key, list(others))
@@ -202,9 +192,7 @@ class Checker:
             # An earlier file's options of another kind go when a later layer switches the kind.
             elif chosen is None or child.origin.layer >= chosen.origin.layer:
                 needs = " or ".join(f"{path}.kind={name}" for name in needed)
-                self.problems.add(
-                    child, "MMP-C001", f"'{path}.{key}' needs {needs}; here {path}.kind is '{kind}'"
-                )
+                self.problems.add(child, "MMP-C001", f"'{path}.{key}' needs {needs}; here {path}.kind is '{kind}'")
         return {"kind": kind, **self.section(kinds[kind], replace(node, value=kept), path, list(others))}
 
     def _leaf(self, info: FieldInfo, node: Node, path: str, key: str, values: dict[str, Any]) -> None:

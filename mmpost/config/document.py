@@ -100,9 +100,7 @@ def merge(base: Node | None, over: Node) -> Node:
 def from_python(value: Any, origin: Origin) -> Node:
     """Python values as a tree; of a section object only what was set explicitly, so that it can be merged."""
     if isinstance(value, BaseModel):
-        given = {
-            name for name in type(value).model_fields if name in value.model_fields_set or name == "kind"
-        }
+        given = {name for name in type(value).model_fields if name in value.model_fields_set or name == "kind"}
         value = {name: getattr(value, name) for name in type(value).model_fields if name in given}
     if isinstance(value, Mapping):
         return Node({str(key): from_python(item, origin) for key, item in value.items()}, origin)
@@ -171,9 +169,7 @@ class _Converter:
             self.problems.add(here, "MMP-C010", f"{self.about}'{path}' contains itself.", "Remove the alias.")
             return here
         if node.tag not in _KNOWN_TAGS:
-            self.problems.add(
-                here, "MMP-C010", f"{self.about}the tag '{node.tag}' is not supported.", "Remove it."
-            )
+            self.problems.add(here, "MMP-C010", f"{self.about}the tag '{node.tag}' is not supported.", "Remove it.")
             return here
         if isinstance(node, yaml.ScalarNode):
             quoted = node.style is not None and node.tag.endswith(":str")
@@ -215,9 +211,7 @@ class _Converter:
             if isinstance(parent.value, dict):
                 entries = {**parent.value, **entries}
             else:
-                self.problems.add(
-                    parent, "MMP-C010", f"{self.about}'<<' needs a mapping.", "Write '<<: *name'."
-                )
+                self.problems.add(parent, "MMP-C010", f"{self.about}'<<' needs a mapping.", "Write '<<: *name'.")
         return entries
 
 

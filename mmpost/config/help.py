@@ -42,9 +42,7 @@ def render(config_class: type[BaseModel], section: str | None, width: int = 80) 
         names = {name.rpartition(".")[2]: name for name in reversed(blocks)}
         path = path if path in blocks else names.get(path, path)
         chosen = {
-            name: block
-            for name, block in blocks.items()
-            if name == path or name.startswith((f"{path}.", f"{path} "))
+            name: block for name, block in blocks.items() if name == path or name.startswith((f"{path}.", f"{path} "))
         }
         if not chosen:
             return _one_option(config_class, path, blocks, width)
@@ -67,9 +65,7 @@ def _blocks(model: type[BaseModel], path: str) -> Iterator[tuple[str, tuple[str,
         if members and not kinds:
             inside.append((path + name, members[0]))
         if kinds:
-            rows.append(
-                (f"{name}.kind={keys.default_kind(field)}", f"[{'|'.join(kinds)}] {field.description or ''}")
-            )
+            rows.append((f"{name}.kind={keys.default_kind(field)}", f"[{'|'.join(kinds)}] {field.description or ''}"))
         elif not members and name != "kind":
             rows.append(_row(name, field))
     if path and rows:
@@ -111,9 +107,7 @@ def _wrapped(row: Row, width: int) -> str:
     return f"{first}{body[_COLUMN:]}\n"
 
 
-def _one_option(
-    config_class: type[BaseModel], path: str, blocks: dict[str, tuple[str, list[Row]]], width: int
-) -> str:
+def _one_option(config_class: type[BaseModel], path: str, blocks: dict[str, tuple[str, list[Row]]], width: int) -> str:
     parent, _, name = path.rpartition(".")
     for block, (_, rows) in blocks.items():
         if block.partition(" ")[0] == parent:

@@ -90,9 +90,7 @@ def split_arguments(args: Sequence[str]) -> tuple[list[str], list[str]]:
             overrides.append(argument)
         elif argument.endswith(_CONFIG_ENDINGS):
             files.append(argument)
-        elif argument and (
-            argument.endswith(_DATA_ENDINGS) or argument.startswith("task:") or Path(argument).exists()
-        ):
+        elif argument and (argument.endswith(_DATA_ENDINGS) or argument.startswith("task:") or Path(argument).exists()):
             overrides.append(f"data.train+={{path: {json.dumps(argument, ensure_ascii=False)}}}")
         elif _with_ending(Path(argument)) or _recipe(argument):
             files.append(argument)
@@ -166,20 +164,14 @@ def _near(name: str, known: Sequence[str]) -> str:
 
 def _near_files(path: Path) -> str:
     """What may have been meant by a missing config file: a file beside it, else a recipe of that name."""
-    there = {
-        file.stem: str(path.parent / file.name) for file in sorted(path.parent.iterdir()) if _is_config(file)
-    }
+    there = {file.stem: str(path.parent / file.name) for file in sorted(path.parent.iterdir()) if _is_config(file)}
     near = difflib.get_close_matches(path.stem, there, n=2)
     if near:
         return f"; did you mean {' or '.join(repr(there[stem]) for stem in near)}?"
     recipe = difflib.get_close_matches(_recipe_stem(str(path)), _recipe_names(), n=1, cutoff=0.75)
     if recipe:
         return f"; did you mean the recipe '{recipe[0]}'?"
-    return (
-        f"; there are: {', '.join(list(there.values())[:8])}"
-        if there
-        else f"; '{path.parent}' has no .yaml file"
-    )
+    return f"; there are: {', '.join(list(there.values())[:8])}" if there else f"; '{path.parent}' has no .yaml file"
 
 
 def _is_config(file: Path) -> bool:
@@ -230,9 +222,7 @@ class _Files:
             if isinstance(entry.value, str):
                 base = merge(base, self.read(entry.value, entry, open_files))
             else:
-                self.problems.add(
-                    entry, "MMP-C004", f"extends: expected the name of a file, got {shown(entry)}"
-                )
+                self.problems.add(entry, "MMP-C004", f"extends: expected the name of a file, got {shown(entry)}")
         return base
 
     def _missing(self, place: Node, path: Path, parent: Node | None) -> None:
@@ -294,13 +284,9 @@ class _Overrides:
             if is_key
             else "Write KEY=VALUE, a config file that ends in .yaml, or a data file."
         )
-        self.problems.add(
-            self.here, "MMP-C008", f"'{argument}' is neither an option, a config nor data.", fix
-        )
+        self.problems.add(self.here, "MMP-C008", f"'{argument}' is neither an option, a config nor data.", fix)
 
-    def _put(
-        self, node: Node | None, rest: list[str], done: list[str], value: Node, *, append: bool
-    ) -> Node | None:
+    def _put(self, node: Node | None, rest: list[str], done: list[str], value: Node, *, append: bool) -> Node | None:
         """``node`` with ``value`` at the path ``rest``; None after a mistake was noted."""
         if node is None and ((rest and rest[0].isdigit()) or (append and not rest)):
             node = self._default(done)
@@ -321,9 +307,7 @@ class _Overrides:
         entries[head] = child
         return replace(node or self.here, value=entries, text=None)
 
-    def _put_item(
-        self, node: Node, rest: list[str], done: list[str], value: Node, *, append: bool
-    ) -> Node | None:
+    def _put_item(self, node: Node, rest: list[str], done: list[str], value: Node, *, append: bool) -> Node | None:
         head, tail, name, count = rest[0], rest[1:], join(done), len(node.value)
         if not head.isdigit() or int(head) >= count:
             have = f"'{name}' has {count} item{'s' if count != 1 else ''}"

@@ -88,9 +88,7 @@ class GRPOConfig(CommandConfig):
     command: ClassVar[Literal["sft", "grpo"]] = "grpo"
 
     grpo: GrpoSection = Field(default_factory=GrpoSection)
-    rewards: list[RewardSpec] = Field(
-        [], description="reward functions; a name or a list of names is accepted"
-    )
+    rewards: list[RewardSpec] = Field([], description="reward functions; a name or a list of names is accepted")
 
     @field_validator("rewards", mode="before")
     @classmethod
@@ -155,9 +153,7 @@ def _places(names: Sequence[str], sources: Mapping[str, str]) -> str:
             lines.setdefault(label, []).append(int(line))
         elif source != "default":
             lines.setdefault(source, [])
-    places = [
-        f"{label}:{','.join(map(str, sorted(found)))}" if found else label for label, found in lines.items()
-    ]
+    places = [f"{label}:{','.join(map(str, sorted(found)))}" if found else label for label, found in lines.items()]
     return f"{', '.join(places)}: " if places else ""
 
 

@@ -199,7 +199,7 @@ class EvalSection(Settings):
     tasks: list[str] = Field([], description="tasks evaluated every eval_steps and at the end")
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; null: only at the end")
     limit: int | None = Field(None, ge=1, description="rows per task")
-    batch_size: int = Field(64, ge=1, description="prompts decoded together")
+    per_device_eval_batch_size: int = Field(64, ge=1, description="prompts decoded together")
     max_new_tokens: int = Field(64, ge=1, description="new tokens at most")
 
 

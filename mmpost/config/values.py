@@ -93,9 +93,7 @@ def _try(node: Node, part: Any, parts: tuple[Any, ...]) -> tuple[bool, Any]:  # 
         single = not isinstance(value, dict) and value is not None and str not in parts
         return single, [_read(node, typing.get_args(part)[0], [])] if single else None
     if origin is dict:
-        return isinstance(value, dict), _entries(node, typing.get_args(part)[1]) if isinstance(
-            value, dict
-        ) else None
+        return isinstance(value, dict), _entries(node, typing.get_args(part)[1]) if isinstance(value, dict) else None
     try:
         return True, TypeAdapter(part).validate_python(node.plain())
     except ValidationError:
@@ -131,10 +129,7 @@ def limits_text(limits: list[Any]) -> str:
     """``of at least 0 and below 1``; empty without limits."""
     words = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
     parts = [
-        f"{text} {getattr(limit, name):g}"
-        for limit in limits
-        for name, text in words.items()
-        if hasattr(limit, name)
+        f"{text} {getattr(limit, name):g}" for limit in limits for name, text in words.items() if hasattr(limit, name)
     ]
     return " and ".join(parts)
 
@@ -157,10 +152,7 @@ def _hint(node: Node, parts: tuple[Any, ...]) -> str:
     if not isinstance(node.value, str):
         return ""
     choices = [
-        choice
-        for part in parts
-        if typing.get_origin(part) is typing.Literal
-        for choice in typing.get_args(part)
+        choice for part in parts if typing.get_origin(part) is typing.Literal for choice in typing.get_args(part)
     ]
     near = difflib.get_close_matches(node.value.lower(), choices, n=1)
     if near:
@@ -178,14 +170,9 @@ def type_name(annotation: Any, limits: list[Any]) -> str:
         elif isinstance(part, types.GenericAlias):
             names.append(typing.get_origin(part).__name__)
         else:
-            names.append(
-                {str: "text", bool: "true|false"}.get(part, getattr(part, "__name__", str(part)).lower())
-            )
+            names.append({str: "text", bool: "true|false"}.get(part, getattr(part, "__name__", str(part)).lower()))
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     bounds = [
-        f"{sign} {getattr(limit, name):g}"
-        for limit in limits
-        for name, sign in signs.items()
-        if hasattr(limit, name)
+        f"{sign} {getattr(limit, name):g}" for limit in limits for name, sign in signs.items() if hasattr(limit, name)
     ]
     return " ".join(["|".join(names), *([", ".join(bounds)] if bounds else [])])

@@ -109,9 +109,7 @@ def runs_table(runs: Sequence[dict[str, Any]], *, title: str | None = None) -> T
         numbers = [number(run["metrics"][key]) if key in run["metrics"] else "" for key in COLUMNS]
         status = Text(run["status"], _STYLES.get(run["status"], "yellow"))
         # Text, not str: brackets in a folder's name are no markup.
-        table.add_row(
-            Text(run["name"]), Text(run["command"]), status, str(run["step"]), *numbers, _day(run["started"])
-        )
+        table.add_row(Text(run["name"]), Text(run["command"]), status, str(run["step"]), *numbers, _day(run["started"]))
     return table
 
 
@@ -129,9 +127,7 @@ def compare_tables(result: dict[str, Any]) -> list[Table]:
             cells = [Text(key), Text(_cell(first)), Text(_cell(second))]
             if title == "last values":
                 both = is_number(first) and is_number(second)
-                cells.append(
-                    Text(f"{'+' if second >= first else ''}{number(second - first)}" if both else "")
-                )
+                cells.append(Text(f"{'+' if second >= first else ''}{number(second - first)}" if both else ""))
             table.add_row(*cells)
         tables.append(table)
     return tables
@@ -148,9 +144,7 @@ def last_metrics(run: RunRecords) -> dict[str, float]:
         (value for key, value in last.items() if key.startswith("eval.") and key.endswith(".accuracy")), None
     )
     if accuracy is None:
-        accuracy = next(
-            (value for key, value in _eval_values(run).items() if key.endswith(".accuracy")), None
-        )
+        accuracy = next((value for key, value in _eval_values(run).items() if key.endswith(".accuracy")), None)
     if accuracy is not None:
         last.setdefault("accuracy", accuracy)
     return last
@@ -166,11 +160,7 @@ def _runs(root: Path, depth: int) -> Iterator[Path]:
         yield root
     if depth > 0:
         for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-            if (
-                entry.is_dir(follow_symlinks=False)
-                and entry.name not in SKIPPED
-                and not entry.name.startswith(".")
-            ):
+            if entry.is_dir(follow_symlinks=False) and entry.name not in SKIPPED and not entry.name.startswith("."):
                 yield from _runs(Path(entry.path), depth - 1)
 
 
@@ -217,9 +207,7 @@ def _eval_lines(name: str, result: dict[str, Any]) -> list[str]:
             low, high = interval(values.get("ci"))
             span = f" [{number(low)}, {number(high)}]" if low is not None and high is not None else ""
             unparsed = f", unparsed {values['unparsed']}" if values.get("unparsed") is not None else ""
-            lines.append(
-                f"{name}: {metric} {number(values['value'])}{span}, n {values.get('n', '?')}{unparsed}"
-            )
+            lines.append(f"{name}: {metric} {number(values['value'])}{span}, n {values.get('n', '?')}{unparsed}")
     return lines
 
 

@@ -64,11 +64,7 @@ def metric_charts(metrics: Sequence[dict[str, Any]], evals: Sequence[dict[str, A
         seen.pop("nll", None)  # in SFT the loss is the likelihood; one curve says it
     for key in [*known, *(key for key in seen if key not in known)]:
         head = key.split(".")[0]
-        if (
-            key not in seen
-            or head in HIDDEN | {"phase_s"}
-            or any(key.startswith(group + ".") for group in GROUPED)
-        ):
+        if key not in seen or head in HIDDEN | {"phase_s"} or any(key.startswith(group + ".") for group in GROUPED):
             continue
         title, note = known.get(key, (key, ""))
         charts.append(_curve(rows, [(title, key)], title, note))
@@ -85,11 +81,7 @@ def eval_chart(evals: Sequence[dict[str, Any]]) -> Chart | None:
     points: dict[str, list[tuple[float, float, float | None, float | None]]] = {}
     for record in evals:
         for task, result in record["eval"].items():
-            if (
-                isinstance(result, dict)
-                and is_number(result.get("accuracy"))
-                and is_number(record.get("step"))
-            ):
+            if isinstance(result, dict) and is_number(result.get("accuracy")) and is_number(record.get("step")):
                 low, high = interval(result.get("ci"))
                 points.setdefault(task, []).append((float(record["step"]), result["accuracy"], low, high))
     lines = []
@@ -132,11 +124,7 @@ def accuracy_bars(
 def reward_histogram(values: Sequence[float]) -> Chart | None:
     """How the rewards of the written samples spread."""
     drawing = histogram(values, title="Rewards of samples")
-    return (
-        Chart("Rewards of samples", f"{len(values)} completions written to samples/", drawing)
-        if drawing
-        else None
-    )
+    return Chart("Rewards of samples", f"{len(values)} completions written to samples/", drawing) if drawing else None
 
 
 def phase_shares(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, float, float]]:

@@ -55,6 +55,4 @@ def git_state(folder: Path) -> tuple[str, bytes]:
 
 
 def _git(folder: Path, *words: str) -> bytes:
-    return subprocess.run(
-        ["git", "-C", str(folder), *words], check=True, capture_output=True, timeout=20
-    ).stdout
+    return subprocess.run(["git", "-C", str(folder), *words], check=True, capture_output=True, timeout=20).stdout

@@ -45,9 +45,7 @@ class RunFolder:
         self.finished = finished
 
     @classmethod
-    def open(
-        cls, path: str | Path, *, command: Sequence[str], config_yaml: str, overwrite: bool
-    ) -> RunFolder:
+    def open(cls, path: str | Path, *, command: Sequence[str], config_yaml: str, overwrite: bool) -> RunFolder:
         """Create the folder, or recognise the run that it holds.
 
         Args:
@@ -117,9 +115,7 @@ class RunFolder:
 
     def event(self, kind: str, text: str, **fields: Any) -> None:
         """Append one line ``{"time", "kind", "text", ...}`` to events.jsonl; time in seconds since 1970."""
-        self._append(
-            "events.jsonl", _plain({"time": round(time.time(), 3), "kind": kind, "text": text, **fields})
-        )
+        self._append("events.jsonl", _plain({"time": round(time.time(), 3), "kind": kind, "text": text, **fields}))
 
     def write_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> Path:
         """Write the samples of a step and the thumbnails of their media.
@@ -190,9 +186,7 @@ class RunFolder:
         self._write_json("status.json", {"status": status, "step": step, "time": round(time.time(), 3)})
 
     def _write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        lines = [
-            _line({**row, "media": [self._thumb(item) for item in row.get("media") or []]}) for row in rows
-        ]
+        lines = [_line({**row, "media": [self._thumb(item) for item in row.get("media") or []]}) for row in rows]
         self._write(name, "".join(lines))
 
     def _thumb(self, item: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,8 +295,7 @@ def _plain(value: Any, key: str = "", nonfinite: list[str] | None = None) -> Any
     """
     if isinstance(value, Mapping):
         return {
-            str(name): _plain(item, f"{key}.{name}" if key else str(name), nonfinite)
-            for name, item in value.items()
+            str(name): _plain(item, f"{key}.{name}" if key else str(name), nonfinite) for name, item in value.items()
         }
     if isinstance(value, list | tuple):
         return [_plain(item, f"{key}.{index}", nonfinite) for index, item in enumerate(value)]

@@ -59,9 +59,7 @@ def training_walls(samples: Sequence[dict[str, Any]], folder: Path, count: int) 
     scored.reverse()
     high = sorted(scored, key=lambda row: -(reward_of(row) or 0.0))[:count]
     taken = {id(row) for row in high}
-    low = [row for row in sorted(scored, key=lambda row: reward_of(row) or 0.0) if id(row) not in taken][
-        :count
-    ]
+    low = [row for row in sorted(scored, key=lambda row: reward_of(row) or 0.0) if id(row) not in taken][:count]
     taken |= {id(row) for row in low}
     rest = [row for row in samples if id(row) not in taken]
     drawn = random.Random(0).sample(rest, min(count, len(rest)))
@@ -92,9 +90,7 @@ def evaluation_walls(result: dict[str, Any], file: Path, count: int) -> list[Wal
             walls.append(Wall(share, [_evaluation_card(row, file.parent.parent) for row in chosen]))
     if not walls and rows:
         chosen = dice.sample(rows, min(count, len(rows)))
-        walls.append(
-            Wall(f"Answers ({len(rows)})", [_evaluation_card(row, file.parent.parent) for row in chosen])
-        )
+        walls.append(Wall(f"Answers ({len(rows)})", [_evaluation_card(row, file.parent.parent) for row in chosen]))
     return walls
 
 
@@ -122,9 +118,7 @@ def _training_card(row: dict[str, Any], folder: Path) -> Card:
     gold = {name: _text(row.get(name)) for name in ("answer", "solution") if row.get(name) is not None}
     if len(set(gold.values())) == 1:
         gold = {"Gold": next(iter(gold.values()))}
-    texts += [
-        (name.capitalize() if name == "Gold" else f"Gold ({name})", text) for name, text in gold.items()
-    ]
+    texts += [(name.capitalize() if name == "Gold" else f"Gold ({name})", text) for name, text in gold.items()]
     facts = [f"{row['tokens']} tokens"] if is_number(row.get("tokens")) else []
     facts += [f"advantage {row['advantage']:+.2f}"] if is_number(row.get("advantage")) else []
     facts += ["truncated"] if row.get("truncated") else []
@@ -156,11 +150,7 @@ def _mark(row: dict[str, Any]) -> bool | None:
     """Right or wrong, when a value that is exactly 1 or 0 says so."""
     values = [row.get("correct"), row.get("accuracy")]
     rewards = row.get("rewards") or {}
-    values += [
-        value
-        for name, value in rewards.items()
-        if any(word in name for word in ("accura", "correct", "exact"))
-    ]
+    values += [value for name, value in rewards.items() if any(word in name for word in ("accura", "correct", "exact"))]
     values += rewards.values() if len(rewards) == 1 else []
     value = next((value for value in values if value is not None), None)
     return bool(value) if isinstance(value, bool | int | float) and value in {0, 1} else None

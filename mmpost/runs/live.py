@@ -49,9 +49,7 @@ class Progress:
         mode: The mode in use, never ``auto``.
     """
 
-    def __init__(
-        self, mode: Mode = "auto", *, report: Path | str | None = None, stream: IO[str] | None = None
-    ) -> None:
+    def __init__(self, mode: Mode = "auto", *, report: Path | str | None = None, stream: IO[str] | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
         if mode == "auto":
             is_terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
@@ -90,14 +88,10 @@ class Progress:
         elif self.mode == "live":
             console = Console(file=self._stream)
             # With stdout in a pipe (--json), redirecting it would send its lines to the terminal instead.
-            self._live = Live(
-                self.panel(), console=console, refresh_per_second=4, redirect_stdout=sys.stdout.isatty()
-            )
+            self._live = Live(self.panel(), console=console, refresh_per_second=4, redirect_stdout=sys.stdout.isatty())
             self._live.start()
 
-    def update(
-        self, step: int, metrics: Mapping[str, Any], phase_s: Mapping[str, float] | None = None
-    ) -> None:
+    def update(self, step: int, metrics: Mapping[str, Any], phase_s: Mapping[str, float] | None = None) -> None:
         """Show a step.
 
         Args:
@@ -165,9 +159,7 @@ class Progress:
             rows.append(_cut(Text(split, "dim")))
         for key, name in (("reward.total", "reward"), ("loss", "loss")):
             if len(self._spark.get(key, ())) > 1:
-                rows.append(
-                    _cut(Text.assemble((f"{name:<7}", "dim"), (self._sparkline(self._spark[key]), "cyan")))
-                )
+                rows.append(_cut(Text.assemble((f"{name:<7}", "dim"), (self._sparkline(self._spark[key]), "cyan"))))
         if self._last:
             rows.append(self._table())
         for name, text in (("event", self._event), ("saved", self._checkpoint), ("report", self._report)):
@@ -199,9 +191,7 @@ class Progress:
         filled = round(30 * share)
         full, empty = ("━", "─") if self._can_draw() else ("#", "-")
         speed = "  ".join([f"{self._step}/{self._total}", *self._speed()])
-        return _cut(
-            Text.assemble((full * filled, "green"), (empty * (30 - filled), "dim"), f" {share:4.0%}  {speed}")
-        )
+        return _cut(Text.assemble((full * filled, "green"), (empty * (30 - filled), "dim"), f" {share:4.0%}  {speed}"))
 
     def _table(self) -> Table:
         names = dict(SHORT)
@@ -221,9 +211,7 @@ class Progress:
         arrow = " " if before is None or before == value else up if value > before else down
         short = name if len(name) <= 14 else name[:13] + "~"
         shown = _rate(value) if key == "lr" else _value(value)
-        return Text.assemble(
-            (f"{short:<14}", "dim"), f"{shown:>7}", (arrow, "cyan"), no_wrap=True, overflow="crop"
-        )
+        return Text.assemble((f"{short:<14}", "dim"), f"{shown:>7}", (arrow, "cyan"), no_wrap=True, overflow="crop")
 
     def _sparkline(self, values: deque[float]) -> str:
         levels = "▁▂▃▄▅▆▇█" if self._can_draw() else "_.-=+*#"

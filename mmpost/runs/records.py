@@ -222,9 +222,7 @@ def config_options(text: str) -> list[Option]:
 def _walk(node: Any, prefix: str, lines: list[str], options: list[Option], line: int = 0) -> None:
     if isinstance(node, yaml.MappingNode) and node.value:
         for key, value in node.value:
-            _walk(
-                value, f"{prefix}.{key.value}" if prefix else key.value, lines, options, key.start_mark.line
-            )
+            _walk(value, f"{prefix}.{key.value}" if prefix else key.value, lines, options, key.start_mark.line)
     elif isinstance(node, yaml.SequenceNode) and any(not isinstance(v, yaml.ScalarNode) for v in node.value):
         for index, value in enumerate(node.value):
             _walk(value, f"{prefix}.{index}", lines, options, value.start_mark.line)

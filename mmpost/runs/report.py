@@ -132,9 +132,7 @@ def _render(title: str, summary: dict[str, Any] | None, views: list[StageView], 
     from jinja2 import Environment, StrictUndefined  # noqa: PLC0415
     from markupsafe import Markup  # noqa: PLC0415
 
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     # Drawings and style sheet are ours, and escaped where they were made; everything else is escaped here.
     environment.filters |= {"drawing": Markup, "number": number, "percent": percent}
     folder = Path(__file__).parent
@@ -147,9 +145,7 @@ def summary_view(summary: dict[str, Any] | None) -> dict[str, Any] | None:
     """What the head of a staged report shows: tiles, a bar chart with whiskers, and table rows."""
     if not summary:
         return None
-    rows = [
-        row for row in summary.get("stages") or [] if isinstance(row, dict) and is_number(row.get("accuracy"))
-    ]
+    rows = [row for row in summary.get("stages") or [] if isinstance(row, dict) and is_number(row.get("accuracy"))]
     bars = [(str(row.get("name", "")), {"n": summary.get("n_eval", "?"), **row}) for row in rows]
     chart = charts.accuracy_bars(
         bars, key="accuracy", title="Accuracy after each stage", note="bars with 95 % intervals"
@@ -164,9 +160,7 @@ def summary_view(summary: dict[str, Any] | None) -> dict[str, Any] | None:
         )
     gain = summary.get("grpo_minus_sft")
     if isinstance(gain, dict) and is_number(gain.get("mean")):
-        tiles.append(
-            ("GRPO minus SFT", f"{100 * gain['mean']:+.1f} points {_interval(gain.get('ci'), signed=True)}")
-        )
+        tiles.append(("GRPO minus SFT", f"{100 * gain['mean']:+.1f} points {_interval(gain.get('ci'), signed=True)}"))
     seeds = summary.get("seeds") or []
     for label, value in (
         ("task", summary.get("task")),
@@ -200,9 +194,7 @@ def _view(name: str, records: RunRecords | None, evals: Sequence[Path], cards: i
             continue
         view.evals += _eval_rows(file.stem, result)
         groups = list((result.get("by_group") or {}).items())
-        chart = charts.accuracy_bars(
-            groups[:40], key="value", title=f"{file.stem}: accuracy by group", one_colour=True
-        )
+        chart = charts.accuracy_bars(groups[:40], key="value", title=f"{file.stem}: accuracy by group", one_colour=True)
         if chart:
             view.groups.append(chart)
         if cards:
@@ -225,22 +217,16 @@ def _fill_from_run(view: StageView, records: RunRecords, cards: int) -> None:
     view.tiles = _tiles(records)
     view.phases = charts.phase_shares(records.metrics)
     view.environment = [(key, str(value)) for key, value in flatten(records.env).items()]
-    view.citations = [
-        str(event.get("text", "")) for event in records.events if event.get("kind") == "citation"
-    ]
+    view.citations = [str(event.get("text", "")) for event in records.events if event.get("kind") == "citation"]
     events = [event for event in records.events if event.get("kind") != "citation"]
     if len(events) > MAX_EVENTS:
-        view.notes.append(
-            f"The last {MAX_EVENTS} of {len(events)} events are shown; all are in events.jsonl."
-        )
+        view.notes.append(f"The last {MAX_EVENTS} of {len(events)} events are shown; all are in events.jsonl.")
     view.events = [_event(event) for event in events[-MAX_EVENTS:]]
     nonfinite = sorted({key for record in records.metrics for key in record.get("nonfinite") or []})
     if nonfinite:
         view.notes.append(f"Values that were not finite are gaps in the curves: {', '.join(nonfinite)}.")
     if records.unreadable:
-        view.notes.append(
-            f"{records.unreadable} unreadable lines in the logs were left out, as a crash leaves them."
-        )
+        view.notes.append(f"{records.unreadable} unreadable lines in the logs were left out, as a crash leaves them.")
 
 
 def changed_options(text: str) -> list[Option]:

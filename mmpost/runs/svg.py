@@ -180,18 +180,14 @@ class _Frame:
         parts = []
         for tick in y_ticks:
             y = self.y(tick)
-            parts.append(
-                f'<line class="g" x1="{self.left}" x2="{WIDTH - self.right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            )
+            parts.append(f'<line class="g" x1="{self.left}" x2="{WIDTH - self.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(f'<text class="t e" x="{self.left - 6}" y="{y + 3.5:.1f}">{number(tick)}</text>')
         inside = [t for t in x_ticks or nice_ticks(self.x_low, self.x_high) if self.x_low <= t <= self.x_high]
         for tick in inside:
             x = self.x(tick)
             if x < WIDTH - self.right - 34:  # the axis name stands at the right end
                 parts.append(f'<text class="t m" x="{x:.1f}" y="{self.height - 9}">{number(tick)}</text>')
-        parts.append(
-            f'<text class="t e" x="{WIDTH - self.right}" y="{self.height - 9}">{escape(x_label)}</text>'
-        )
+        parts.append(f'<text class="t e" x="{WIDTH - self.right}" y="{self.height - 9}">{escape(x_label)}</text>')
         return "".join(parts)
 
 
@@ -243,9 +239,7 @@ def _thin(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, flo
     return kept
 
 
-def _running_mean(
-    points: Sequence[tuple[float, float | None]], window: int
-) -> list[tuple[float, float | None]]:
+def _running_mean(points: Sequence[tuple[float, float | None]], window: int) -> list[tuple[float, float | None]]:
     """Centred mean over ``window`` neighbours, fewer at both ends; gaps stay gaps."""
     half = window // 2
     means: list[tuple[float, float | None]] = []
@@ -257,9 +251,7 @@ def _running_mean(
 
 def _bar(bar: Bar, colour: int, top: float, frame: _Frame, label_width: float) -> str:
     zero, end = frame.x(max(0.0, frame.x_low)), frame.x(bar.value)
-    interval = (
-        f" [{number(bar.low)}, {number(bar.high)}]" if bar.low is not None and bar.high is not None else ""
-    )
+    interval = f" [{number(bar.low)}, {number(bar.high)}]" if bar.low is not None and bar.high is not None else ""
     said = escape(f"{bar.label}: {number(bar.value)}{interval} {bar.note}".strip())
     shown = bar.label if len(bar.label) <= 22 else bar.label[:21] + "…"
     css, x, width = f"f{colour % COLOURS}", min(zero, end), abs(end - zero)
@@ -270,9 +262,7 @@ def _bar(bar: Bar, colour: int, top: float, frame: _Frame, label_width: float) -
     ]
     if bar.low is not None and bar.high is not None:
         low, high, y = frame.x(bar.low), frame.x(bar.high), top + 14
-        parts.append(
-            f'<path class="wh" d="M{low:.1f} {y}H{high:.1f}M{low:.1f} {y - 4}v8M{high:.1f} {y - 4}v8"/>'
-        )
+        parts.append(f'<path class="wh" d="M{low:.1f} {y}H{high:.1f}M{low:.1f} {y - 4}v8M{high:.1f} {y - 4}v8"/>')
     text_x = max(end, frame.x(bar.high) if bar.high is not None else end, zero) + 6
     parts.append(f'<text class="t k" x="{text_x:.1f}" y="{top + 18}">{number(bar.value)}</text></g>')
     return "".join(parts)

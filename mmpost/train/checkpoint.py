@@ -36,7 +36,7 @@ def save(
         state: Plain JSON: step, data position, log offsets.
         processes: Random states are gathered from all of them.
     """
-    streams = processes.gather(torch.get_rng_state())
+    streams = processes.gather(_streams())
     if processes.is_main:
         # The name does not match ``step-*``: a kill before the rename must not leave what looks like a checkpoint.
         scratch = folder.with_name(PARTIAL + folder.name)
@@ -45,7 +45,7 @@ def save(
         inside = scratch / "trainer_state"
         inside.mkdir()
         torch.save(optimizer.state_dict(), inside / "optimizer.pt")
-        torch.save({"cpu": streams}, inside / "random.pt")
+        torch.save(streams, inside / "random.pt")
         (inside / "state.json").write_text(json.dumps(state, indent=1) + "\n")
         move_into_place(scratch, folder)
     processes.barrier()
@@ -69,11 +69,22 @@ def restore(folder: Path, optimizer: torch.optim.Optimizer, processes: Processes
     """
     inside = folder / "trainer_state"
     optimizer.load_state_dict(torch.load(inside / "optimizer.pt", weights_only=True, map_location="cpu"))
-    streams = torch.load(inside / "random.pt", weights_only=True)["cpu"]
+    streams = torch.load(inside / "random.pt", weights_only=True, map_location="cpu")
     if len(streams) == processes.world:
-        torch.set_rng_state(streams[processes.rank])
+        mine = streams[processes.rank]
+        torch.set_rng_state(mine["cpu"])
+        if "cuda" in mine and torch.cuda.is_available():
+            torch.cuda.set_rng_state(mine["cuda"])
     state: dict[str, Any] = json.loads((inside / "state.json").read_text())
     return state
+
+
+def _streams() -> dict[str, torch.Tensor]:
+    """Random states of this process; dropout on CUDA draws from the device's own."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -28,9 +28,9 @@ class Processes:
         use_bf16 = (not on_cpu) if bf16 == "auto" else bool(bf16)
         # A rank whose rows hold no image does not touch the vision tower; DDP must not wait for its gradients.
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-        self._accelerator = Accelerator(
-            cpu=on_cpu, mixed_precision="bf16" if use_bf16 else "no", kwargs_handlers=handlers
-        )
+        # Precision is ours: accelerate keeps its own for the whole program, so a second run could not choose another.
+        self._accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
+        self._bf16 = use_bf16
         self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
         self.is_main: bool = self._accelerator.is_main_process
@@ -49,7 +49,7 @@ class Processes:
 
     def autocast(self) -> Any:
         """Context in which the forward pass runs in the run's precision."""
-        return self._accelerator.autocast()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16)
 
     @contextlib.contextmanager
     def accumulate(self, module: Any, *, last: bool) -> Iterator[None]:

@@ -57,8 +57,8 @@ class Learner:
             learning_rate: Of this step.
 
         Returns:
-            Means over the step: the keys of ``SUMS`` per position, and ``grad_norm``. Nothing is updated when the
-            gradient norm is not finite.
+            Means over the step: the keys of ``SUMS`` per position (NaN when no position was run), and ``grad_norm``.
+            Nothing is updated when the gradient norm is not finite.
         """
         rows = work.rows
         total = self.processes.sum([work.positions, work.row_count])
@@ -80,7 +80,8 @@ class Learner:
         if np.isfinite(norm):
             self.optimizer.step()
         reduced = self.processes.sum(sums.tolist())
-        seen = max(reduced[-1], 1.0)
+        # Without any position (all advantages zero) there is no mean to report; 0 would read as a collapse.
+        seen = reduced[-1] or float("nan")
         report = {name: value / seen for name, value in zip(SUMS, reduced, strict=True)}
         # These two are sums of already weighted positions, not means.
         report["objective"], report["surrogate"] = reduced[2], reduced[3]
@@ -88,7 +89,8 @@ class Learner:
 
     def _backward(self, rows: Sequence[Row], counts: Counts, *, active: bool) -> Tensor:
         batch = self.adapter.collate([row.encoded for row in rows]).to(self.processes.device)
-        logp, entropy = self.policy(batch, self.temperature)
+        with self.processes.autocast():
+            logp, entropy = self.policy(batch, self.temperature)
         positions, lengths = self._positions(rows, logp, batch.row)
         weight = estimator.aggregation_weight(self.parts.aggregate, batch.row, lengths, counts).to(logp.dtype)
         said = terms(self.parts, positions)

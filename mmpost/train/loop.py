@@ -179,7 +179,7 @@ class Loop:
                 values["kl"] = metrics["kl"]
         values |= {"entropy": metrics["entropy"], "grad_norm": metrics["grad_norm"], **known, "phase_s": phases}
         for name, value in _flat(values):
-            if value is not None:
+            if value is not None and not math.isnan(value):
                 entry = self.state.window.setdefault(name, [0.0, 0.0])
                 entry[0] += value
                 entry[1] += 1

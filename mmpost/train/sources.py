@@ -112,15 +112,16 @@ class Completions:
         clock = time.perf_counter()
         drawn = self.stream.next()
         data_s = time.perf_counter() - clock
-        completions = complete(
-            self.policy,
-            self.adapter,
-            [item.encoded for item in drawn],
-            [item.uid for item in drawn],
-            n=self.section.num_generations,
-            sampling=self.sampling,
-            batch_size=self.section.rollout_batch_size,
-        )
+        with self.processes.autocast():
+            completions = complete(
+                self.policy,
+                self.adapter,
+                [item.encoded for item in drawn],
+                [item.uid for item in drawn],
+                n=self.section.num_generations,
+                sampling=self.sampling,
+                batch_size=self.section.rollout_batch_size,
+            )
         groups = [Group(item.sample, rollouts, item.uid) for item, rollouts in zip(drawn, completions, strict=True)]
         rollout_s = time.perf_counter() - clock - data_s
         reward_score.score(groups, self.rewards)

@@ -215,7 +215,6 @@ def test_config_errors_and_help_answer_without_torch(project):
         "sft type.yaml": r"^type\.yaml:4: train\.max_steps: expected a whole number.*'ten'.* \[MMP-C004\]$",
         "grpo nothing.yaml": r"^no config file 'nothing\.yaml'.* \[MMP-C009\]$",
         "sft sft.yaml max_steps=ten": r"^command line: train\.max_steps: expected a whole number.* \[MMP-C004\]$",
-        "sft sft.yaml batch_size=3": r"'batch_size' is ambiguous: train\.batch_size, eval\.batch_size \[MMP-C003\]$",
     }
     fine = ["--help", "sft --help", "grpo --help", "grpo --help rewards", "eval --help", "data check --help", "version"]
     commands = [command.split() for command in [*wrong, *fine]]

@@ -10,7 +10,10 @@ from mmpost.config.schema import MediaSection
 from mmpost.core.errors import MmpostError
 from mmpost.core.sample import Sample
 
-WORDS = "red green blue circle star The number is 7 <answer>12</answer> \\boxed{3} yes, no (B) ünïcode ☃ 三".split()
+WORDS = (
+    *("red", "green", "circle", "The number is 7", "<answer>12</answer>", "\\boxed{3}", "yes,", "no", "(B)"),
+    *("\u00fcn\u00efcode", "\u2603", "\u4e09"),
+)
 
 # The template of the released SmolVLM: it reads lists of parts and prints nothing for a plain string.
 RELEASED_SMOLVLM = (
@@ -36,7 +39,7 @@ def _random_sample(rng, picture, turn, *, max_images=2):
     for _ in range(rng.integers(1, 4)):
         parts = [_text(rng)]
         for _ in range(rng.integers(0, max_images + 1)):
-            width, height = (int(side) for side in rng.integers(8, 200, 2))
+            width, height = (int(side) for side in rng.integers(8, 160, 2))
             if max(width, height) > 150 * min(width, height):
                 continue
             parts.insert(int(rng.integers(0, len(parts) + 1)), picture(width, height, int(rng.integers(1 << 30))))
@@ -57,7 +60,7 @@ def test_ids_are_those_of_the_processor_for_the_whole_conversation(
     tiny_model, reference, plain_inputs, picture, turn, family
 ):
     adapter, (_, processor) = tiny_model.adapter, reference
-    for sample in _samples(picture, turn, 25):
+    for sample in _samples(picture, turn, 15):
         encoded = adapter.encode(sample)
         expected = plain_inputs(processor, sample)
         ids = expected["input_ids"][0].tolist()
@@ -76,7 +79,7 @@ def test_ids_are_those_of_the_processor_for_the_whole_conversation(
 def test_each_picture_has_as_many_placeholders_as_features(tiny_model, reference, picture, turn, family):
     adapter, (model, processor) = tiny_model.adapter, reference
     checked = 0
-    for sample in _samples(picture, turn, 25, seed=1):
+    for sample in _samples(picture, turn, 15, seed=1):
         encoded = adapter.encode(sample)
         runs = _runs((encoded.ids == adapter.image_token_id).tolist())
         assert runs == (adapter.image_lengths(encoded.media) if encoded.media else [])
@@ -93,7 +96,7 @@ def test_each_picture_has_as_many_placeholders_as_features(tiny_model, reference
             assert runs == counted
             assert len(runs) == len(sample.media("image"))
         checked += len(runs)
-    assert checked > 30
+    assert checked > 15
 
 
 @pytest.mark.parametrize("images", [0, 1, 2])
@@ -111,7 +114,7 @@ def test_exactly_the_answers_train(tiny_model, picture, turn, family, loss_on):
     end = "<end_of_utterance>" if family == "smolvlm" else "<|im_end|>"
     lead = " " if family == "smolvlm" else ""  # the prompt stops at "Assistant:", so the answer starts with the space
     rng = np.random.default_rng(5)
-    for sample in _samples(picture, turn, 25, seed=2):
+    for sample in _samples(picture, turn, 15, seed=2):
         turns = tuple(turn(t.role, *(p.ref or p.text for p in t.parts), train=rng.random() < 0.7) for t in sample.turns)
         answers = [(i, t) for i, t in enumerate(turns) if t.role == "assistant"]
         chosen = [t for i, t in answers if t.train and (loss_on == "assistant" or i == answers[-1][0])]
@@ -148,7 +151,7 @@ def test_completions_decode_to_their_text(tiny_model, picture, turn):
 
 def test_positions_are_those_of_the_model(tiny_model, reference, plain_inputs, picture, turn, family):
     adapter, (model, processor) = tiny_model.adapter, reference
-    for sample in _samples(picture, turn, 25, seed=6, max_images=3):
+    for sample in _samples(picture, turn, 15, seed=6, max_images=3):
         encoded = adapter.encode(sample)
         if family == "smolvlm":
             expected = torch.arange(len(encoded))[None]

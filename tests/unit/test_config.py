@@ -26,9 +26,7 @@ def sft(*arguments: str) -> SFTConfig:
 
 
 def test_bare_names_go_to_their_section():
-    config = GRPOConfig(
-        output_dir=Path("runs/rl"), num_generations=4, max_pixels=99, beta=0.1, rewards="format"
-    )
+    config = GRPOConfig(output_dir=Path("runs/rl"), num_generations=4, max_pixels=99, beta=0.1, rewards="format")
     assert (config.train.output_dir, config.grpo.num_generations) == ("runs/rl", 4)
     assert (config.data.media.max_pixels, config.loss.kl.beta) == (99, 0.1)
     assert [reward.name for reward in config.rewards] == ["format"]
@@ -136,9 +134,7 @@ def test_a_file_wins_over_what_it_extends(tmp_path):
 
 
 def test_yaml_aliases_and_merge_keys(tmp_path):
-    (tmp_path / "a.yaml").write_text(
-        "data:\n  train:\n  - &first {path: x, limit: 3}\n  - {<<: *first, path: y}\n"
-    )
+    (tmp_path / "a.yaml").write_text("data:\n  train:\n  - &first {path: x, limit: 3}\n  - {<<: *first, path: y}\n")
     assert [(source.path, source.limit) for source in sft("a.yaml").data.train] == [("x", 3), ("y", 3)]
 
 
@@ -181,9 +177,7 @@ def test_paths_beside_the_config_are_found(tmp_path):
 
 
 def test_resolved_yaml_names_sources_and_is_valid_input(tmp_path):
-    (tmp_path / "a.yaml").write_text(
-        "peft: lora\ndata:\n  train:\n  - path: x.jsonl\n    system: 'yes: 1e-3 # no'\n"
-    )
+    (tmp_path / "a.yaml").write_text("peft: lora\ndata:\n  train:\n  - path: x.jsonl\n    system: 'yes: 1e-3 # no'\n")
     loaded = load(
         GRPOConfig,
         ["a.yaml"],
@@ -228,9 +222,7 @@ def test_values_from_the_environment_are_masked(tmp_path, monkeypatch):
     ],
 )
 def test_text_survives_a_round_trip(tmp_path, text):
-    config = GRPOConfig(
-        run_name=text, rewards=[{"name": "f", "args": {"value": text}}], columns={"key": text}
-    )
+    config = GRPOConfig(run_name=text, rewards=[{"name": "f", "args": {"value": text}}], columns={"key": text})
     (tmp_path / "a.yaml").write_text(config.to_yaml(), encoding="utf-8")
     assert GRPOConfig.from_yaml("a.yaml") == config
     assert yaml.safe_load(config.to_yaml())["log"]["run_name"] == text
@@ -251,9 +243,7 @@ def test_diff_names_every_option_that_differs():
     assert difference["peft.kind"] == ("lora", "full")
     assert difference["peft.r"] == (16, None)
     assert difference["data.train"] == ([], [{"path": "x"}])
-    assert SFTConfig(data={"train": "y"}).diff(SFTConfig(data={"train": "x"})) == {
-        "data.train.0.path": ("y", "x")
-    }
+    assert SFTConfig(data={"train": "y"}).diff(SFTConfig(data={"train": "x"})) == {"data.train.0.path": ("y", "x")}
 
 
 def test_batch_equation_of_grpo(tmp_path):
@@ -340,7 +330,5 @@ def test_importing_the_configuration_is_light():
         "print(sorted(heavy), time.process_time() < 2)"
     )
     root = Path(__file__).parents[2]
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[] True"

@@ -122,8 +122,7 @@ IN_FILE = [
     (
         "train:\n\tseed: 1",
         "C010",
-        "a.yaml:2: not valid YAML: found character '\\t' that cannot start any token. "
-        "Indent with spaces, not tabs.",
+        "a.yaml:2: not valid YAML: found character '\\t' that cannot start any token. Indent with spaces, not tabs.",
     ),
     ("? [a]\n: 1", "C010", "a.yaml:1: a key must be a word. Put quotes around the text."),
     ("log: !run {}", "C010", "a.yaml:1: the tag '!run' is not supported. Remove it."),
@@ -208,10 +207,7 @@ def test_a_circle_names_its_files(tmp_path):
     (tmp_path / "a.yaml").write_text("extends: b.yaml")
     (tmp_path / "b.yaml").write_text("seed: 1\nextends: a.yaml")
     chain = "a.yaml -> b.yaml -> a.yaml"
-    assert (
-        str(failure("a.yaml"))
-        == f"b.yaml:2: extends goes in a circle: {chain}. Remove one of them. [MMP-C010]"
-    )
+    assert str(failure("a.yaml")) == f"b.yaml:2: extends goes in a circle: {chain}. Remove one of them. [MMP-C010]"
 
 
 def test_three_mistakes_are_reported_together(tmp_path):

@@ -1,4 +1,4 @@
-"""Gradients of the one loss, taken through the learner, against transformers' own loss and against published formulas."""
+"""Gradients taken through the learner against transformers' own loss and against the published formulas."""
 
 import itertools
 from dataclasses import replace
@@ -16,6 +16,9 @@ from mmpost.train.distributed import Processes
 from mmpost.train.learner import Learner
 from mmpost.train.rows import Row, RowStream, Update
 from mmpost.train.sources import Completions
+
+# For what has nothing to do with the family.
+one_family = pytest.mark.parametrize("family", ["qwen2.5-vl"])
 
 
 def _learner(model, parts, *, micro_batch=2, temperature=1.0, max_length=1):
@@ -129,6 +132,7 @@ def test_sft_gradients_of_lora_are_those_of_transformers(
     assert worst < 1e-6
 
 
+@one_family
 def test_a_step_moves_weights_against_the_gradient_and_a_bad_gradient_moves_nothing(open_tiny, mixed_rows):
     model = open_tiny(peft=FullSettings())
     learner = _learner(model, SFT)
@@ -144,6 +148,7 @@ def test_a_step_moves_weights_against_the_gradient_and_a_bad_gradient_moves_noth
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.policy.named_parameters())
 
 
+@one_family
 def test_clipping_scales_the_gradient_to_its_limit(open_tiny, mixed_rows):
     model = open_tiny(peft=FullSettings())
     learner = _learner(model, SFT)
@@ -156,6 +161,7 @@ def test_clipping_scales_the_gradient_to_its_limit(open_tiny, mixed_rows):
     assert float(norm) == pytest.approx(free / 3, rel=1e-4)
 
 
+@one_family
 def test_an_update_without_rows_moves_nothing(open_tiny, mixed_rows):
     model = open_tiny(peft=FullSettings())
     row = Row(model.adapter.encode(mixed_rows[1]))
@@ -208,32 +214,25 @@ def _published_grpo(module, processor, plain_inputs, samples, rows, *, low=0.2, 
     return {f"model.{name}": value for name, value in gradients.items()}, float(objective.detach()), clipped_away
 
 
-@pytest.mark.parametrize(("beta", "kl", "high"), [(0.0, "k3", 0.28), (0.1, "k3", 0.2), (0.1, "k2", 0.2)])
-def test_grpo_gradients_are_the_published_ones(
-    open_tiny, plain, plain_inputs, mixed_rows, record_property, beta, kl, high
-):
+def test_grpo_gradients_are_the_published_ones(open_tiny, plain, plain_inputs, mixed_rows, record_property):
     model, (module, processor) = open_tiny(peft=FullSettings(), double=True), plain(double=True)
     rows = _problem(model, mixed_rows)
-    if not beta:
-        for row in rows:
-            row.reference = np.zeros_like(row.old)  # must not matter
-    expected, objective, clipped = _published_grpo(
-        module, processor, plain_inputs, mixed_rows, rows, high=high, beta=beta, kl=kl
-    )
-    assert clipped > 0
-    assert clipped < sum(row.encoded.num_trained for row in rows)
-    parts = GRPO.override(LossSection(epsilon=0.2, epsilon_high=high, kl=KlSettings(beta=beta, kl=kl)))
     worst = 0.0
-    for micro_batch in (2, len(rows)):
-        learner = _learner(model, parts, micro_batch=micro_batch, temperature=0.8)
-        report = learner.update(_update(rows), 0.0)
-        worst = max(worst, _largest(_gradients(model), expected))
-        if kl == "k3":
-            assert report["objective"] == pytest.approx(objective, abs=1e-9)
+    for beta, kl, high in ((0.0, "k3", 0.28), (0.1, "k3", 0.2), (0.1, "k2", 0.2)):
+        expected, objective, clipped = _published_grpo(
+            module, processor, plain_inputs, mixed_rows, rows, high=high, beta=beta, kl=kl
+        )
+        assert 0 < clipped < sum(row.encoded.num_trained for row in rows)
+        parts = GRPO.override(LossSection(epsilon=0.2, epsilon_high=high, kl=KlSettings(beta=beta, kl=kl)))
+        for micro_batch in (2, len(rows)):
+            learner = _learner(model, parts, micro_batch=micro_batch, temperature=0.8)
+            report = learner.update(_update(rows), 0.0)
+            worst = max(worst, _largest(_gradients(model), expected))
+            if kl == "k3":
+                assert report["objective"] == pytest.approx(objective, abs=1e-9)
+        assert _size(expected) > 1e-3
     record_property("max_gradient_difference", worst)
-    record_property("max_gradient", _size(expected))
     assert worst < 1e-9
-    assert _size(expected) > 1e-3
 
 
 def test_grpo_in_float32_is_within_rounding_of_float64(open_tiny, plain, plain_inputs, mixed_rows, record_property):
@@ -246,22 +245,22 @@ def test_grpo_in_float32_is_within_rounding_of_float64(open_tiny, plain, plain_i
     assert _largest(ours, expected) < 1e-6
 
 
-@pytest.mark.parametrize("aggregate", ["seq_mean", "token", "const", "seq_sum"])
-def test_rows_without_advantage_may_be_left_out(open_tiny, mixed_rows, aggregate):
+def test_rows_without_advantage_may_be_left_out(open_tiny, mixed_rows):
     model = open_tiny(peft=FullSettings(), double=True)
     rows = _problem(model, mixed_rows)
-    parts = replace(GRPO, aggregate=aggregate)
     positions = sum(row.encoded.num_trained for row in rows)
-    _learner(model, parts, temperature=0.8, max_length=30).update(_update(rows), 0.0)
-    whole = _gradients(model)
     kept = [row for row in rows if row.advantage != 0]
     assert len(kept) == len(rows) - 1
-    work = _update(kept, positions=positions, row_count=len(rows))
-    _learner(model, parts, temperature=0.8, max_length=30).update(work, 0.0)
-    assert _largest(_gradients(model), whole) < 1e-12
-    assert _size(whole) > 1e-4
+    for aggregate in ("seq_mean", "token", "const", "seq_sum"):
+        learner = _learner(model, replace(GRPO, aggregate=aggregate), temperature=0.8, max_length=30)
+        learner.update(_update(rows), 0.0)
+        whole = _gradients(model)
+        learner.update(_update(kept, positions=positions, row_count=len(rows)), 0.0)
+        assert _largest(_gradients(model), whole) < 1e-12
+        assert _size(whole) > 1e-4
 
 
+@one_family
 def test_on_policy_rows_need_no_old_log_probs(open_tiny, mixed_rows):
     model = open_tiny(peft=FullSettings(), double=True)
     learner = _learner(model, GRPO, temperature=0.8)
@@ -276,6 +275,7 @@ def test_on_policy_rows_need_no_old_log_probs(open_tiny, mixed_rows):
     assert _largest(_gradients(model), without) < 1e-6
 
 
+@one_family
 def test_log_probs_do_not_depend_on_the_micro_batch_and_keep_the_mode(open_tiny, mixed_rows):
     model = open_tiny(peft=FullSettings())
     rows = [Row(model.adapter.encode(sample)) for sample in mixed_rows]
@@ -292,9 +292,9 @@ def test_log_probs_do_not_depend_on_the_micro_batch_and_keep_the_mode(open_tiny,
 # -- from prompts to rows --------------------------------------------------------------------------------------------
 
 
-def _by_parity(prompts, completions, completion_ids, flat, **columns):
-    """Whether the first id is even; prompts marked flat give every completion the same score."""
-    return [0.5 if mark else float(ids[0] % 2) for mark, ids in zip(flat, completion_ids, strict=True)]
+def _by_ids(prompts, completions, completion_ids, flat, **columns):
+    """A number that differs between completions; prompts marked flat give every completion the same score."""
+    return [0.5 if mark else float(sum(ids) % 101) for mark, ids in zip(flat, completion_ids, strict=True)]
 
 
 def _completions(model, samples, parts, *, seed=5, **section):
@@ -316,7 +316,7 @@ def _completions(model, samples, parts, *, seed=5, **section):
         stream,
         policy=model.policy,
         adapter=model.adapter,
-        rewards=[Reward("parity", _by_parity, RewardSpec(name="parity"))],
+        rewards=[Reward("ids", _by_ids, RewardSpec(name="ids"))],
         section=section,
         parts=parts,
         processes=learner.processes,
@@ -338,9 +338,8 @@ def test_groups_of_equal_scores_are_not_trained_but_counted(open_tiny, mixed_row
     source, learner = _completions(model, _prompts(mixed_rows), GRPO)
     (update,) = list(source.updates())
     assert update.row_count == 4 * 4
-    assert len(update.rows) <= 8
-    assert update.rows
-    assert update.metrics["zero_spread"] >= 0.5
+    assert 0 < len(update.rows) <= 8
+    assert update.metrics["zero_spread"] == 0.5
     learner.update(update, 0.0)
     ours = _gradients(model)
     # The same rollouts once more, every row kept: a penalty of weight nearly nought keeps them all.
@@ -362,6 +361,7 @@ def test_the_engine_reports_what_the_trainer_recomputes(open_tiny, mixed_rows):
         assert np.abs(row.engine - logp).max() < 1e-5
 
 
+@one_family
 def test_several_steps_on_one_rollout_batch_hold_the_old_policy_fixed(open_tiny, mixed_rows):
     model = open_tiny(peft=FullSettings())
     source, learner = _completions(model, _prompts(mixed_rows), GRPO, num_iterations=3)
@@ -378,6 +378,7 @@ def test_several_steps_on_one_rollout_batch_hold_the_old_policy_fixed(open_tiny,
     assert max(np.abs(now - row.old).max() for now, row in zip(moved, update.rows, strict=True)) > 1e-4
 
 
+@one_family
 def test_truncated_and_unscored_completions_can_stay_out(open_tiny, mixed_rows):
     model = open_tiny(peft=FullSettings())
     source, _ = _completions(model, _prompts(mixed_rows), GRPO, mask_truncated_completions=True)
@@ -385,7 +386,7 @@ def test_truncated_and_unscored_completions_can_stay_out(open_tiny, mixed_rows):
     ids = np.array([300, 301], dtype=np.int64)
 
     def rollout(score, *, truncated=False):
-        return Rollout(ids, np.zeros(2, dtype=np.float32), "x", truncated, {"parity": score}, score)
+        return Rollout(ids, np.zeros(2, dtype=np.float32), "x", truncated, {"ids": score}, score)
 
     group = Group(mixed_rows[0], [rollout(1.0), rollout(0.0), rollout(None), rollout(1.0, truncated=True)], 0)
     update = source._to_rows([group], [prompt])
@@ -394,6 +395,7 @@ def test_truncated_and_unscored_completions_can_stay_out(open_tiny, mixed_rows):
     assert [sample["score"] for sample in update.samples] == [1.0, 0.0]
 
 
+@one_family
 def test_shuffled_rewards_are_a_permutation_inside_the_group(open_tiny, mixed_rows):
     model = open_tiny(peft=FullSettings())
     source, _ = _completions(model, _prompts(mixed_rows), GRPO, shuffle_rewards=True)

@@ -12,6 +12,9 @@ from mmpost.rollout.generate import Sampling, _nucleus, _sample, complete
 
 NO_MEDIA = torch.tensor([], dtype=torch.long)
 
+# For what has nothing to do with the family.
+one_family = pytest.mark.parametrize("family", ["qwen2.5-vl"])
+
 
 @pytest.fixture
 def prompts(tiny_model, mixed_rows):
@@ -92,6 +95,7 @@ def test_small_batches_still_prefill_each_prompt_once(open_tiny, mixed_rows, fam
     assert max(prefilled) == 2
 
 
+@one_family
 def test_the_mode_of_the_module_is_kept(open_tiny, mixed_rows):
     model = open_tiny()
     prompt = model.adapter.encode_prompt(mixed_rows[0].prompt())
@@ -130,8 +134,14 @@ def test_log_probs_are_those_of_plain_transformers(
     assert worst < 1e-5
 
 
-def test_greedy_completions_are_those_of_generate(tiny_model, reference, plain_inputs, mixed_rows, prompts, stopping):
+def test_greedy_completions_are_those_of_generate(
+    tiny_model, reference, plain_inputs, mixed_rows, prompts, monkeypatch
+):
     model, processor = reference
+    adapter = tiny_model.adapter
+    free = _complete(tiny_model, prompts, n=1, tokens=10, temperature=0.0)
+    # Ids that greedy paths meet become end tokens, so that rows stop at different places.
+    monkeypatch.setattr(adapter, "stop_token_ids", (int(free[0][0].tokens[3]), int(free[3][0].tokens[6])))
     ours = _complete(tiny_model, prompts, n=1, tokens=10, temperature=0.0)
     assert min(len(group[0].tokens) for group in ours) < 10
     for sample, group in zip(mixed_rows, ours, strict=True):
@@ -139,9 +149,9 @@ def test_greedy_completions_are_those_of_generate(tiny_model, reference, plain_i
         settings = GenerationConfig(
             do_sample=False,
             max_new_tokens=10,
-            eos_token_id=list(stopping.stop_token_ids),
-            pad_token_id=stopping.pad_token_id,
-            suppress_tokens=list(stopping.media_token_ids),
+            eos_token_id=list(adapter.stop_token_ids),
+            pad_token_id=adapter.pad_token_id,
+            suppress_tokens=list(adapter.media_token_ids),
         )
         out = model.generate(**inputs, generation_config=settings)[0, inputs["input_ids"].shape[1] :]
         assert group[0].tokens.tolist() == out.tolist()
@@ -162,7 +172,7 @@ def test_ids_do_not_depend_on_the_batch(tiny_model, prompts, stopping):
     uids = [11, 5, 7, 300, 2]
     whole = _ids(_complete(tiny_model, prompts, uids=uids, seed=9))
     assert len({len(tokens) for group in whole for tokens in group}) > 2
-    for batch_size in (1, 3, 7):
+    for batch_size in (1, 7):
         assert _ids(_complete(tiny_model, prompts, uids=uids, seed=9, batch_size=batch_size)) == whole
     order = [3, 0, 4, 2, 1]
     shuffled = _complete(tiny_model, [prompts[i] for i in order], uids=[uids[i] for i in order], seed=9)
@@ -183,6 +193,7 @@ def test_ids_do_not_depend_on_whether_ended_rows_leave_the_batch(tiny_model, pro
             assert np.abs(one.logp - two.logp).max() < 1e-5
 
 
+@one_family
 def test_other_seeds_prompts_and_generations_draw_other_tokens(tiny_model, prompts):
     same = [prompts[0]] * 2
     first = _ids(_complete(tiny_model, same, uids=[0, 1], n=4, seed=1))
@@ -192,6 +203,7 @@ def test_other_seeds_prompts_and_generations_draw_other_tokens(tiny_model, promp
     assert len(set(everything)) == len(everything)
 
 
+@one_family
 def test_end_tokens_are_kept_and_truncation_is_told(tiny_model, prompts, stopping):
     rollouts = [r for group in _complete(tiny_model, prompts, n=6, tokens=5, seed=3) for r in group]
     stop = set(stopping.stop_token_ids)
@@ -206,6 +218,7 @@ def test_end_tokens_are_kept_and_truncation_is_told(tiny_model, prompts, stoppin
     assert {len(rollout.tokens) for rollout in rollouts} == {1, 2, 3, 4, 5}
 
 
+@one_family
 def test_an_end_token_at_the_length_limit_is_no_truncation(tiny_model, prompts, monkeypatch):
     free = _complete(tiny_model, prompts[:1], n=1, tokens=4, temperature=0.0)[0][0]
     monkeypatch.setattr(tiny_model.adapter, "stop_token_ids", (int(free.tokens[3]),))

@@ -100,6 +100,5 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, ask):
     with pytest.raises(MmpostError) as caught:
         ask(tmp_path)
     assert str(caught.value) == (
-        f"'{tmp_path}' is not a run folder (no config.yaml and command.txt). "
-        "See: mmpost runs list. [MMP-E023]"
+        f"'{tmp_path}' is not a run folder (no config.yaml and command.txt). See: mmpost runs list. [MMP-E023]"
     )

@@ -75,9 +75,7 @@ def test_an_unfinished_run_with_the_same_config_goes_on(tmp_path, status):
     first = start(tmp_path / "a")
     if status:
         first.finish(status)
-    run = start(
-        tmp_path / "a", CONFIG.replace("save_steps: 10", "save_steps: 20").replace("samples: 8", "samples: 2")
-    )
+    run = start(tmp_path / "a", CONFIG.replace("save_steps: 10", "save_steps: 20").replace("samples: 8", "samples: 2"))
     assert (run.resuming, run.finished) == (True, False)
     assert "save_steps: 20" in (run.path / "config.yaml").read_text()
     assert not (run.path / "status.json").exists()
@@ -149,8 +147,7 @@ def test_a_read_only_folder_is_refused_even_for_root(tmp_path, below):
     try:
         error = refused(path)
         assert str(error) == (
-            f"cannot write to output folder '{path}': {os.strerror(13)}. "
-            "Choose another train.output_dir. [MMP-E020]"
+            f"cannot write to output folder '{path}': {os.strerror(13)}. Choose another train.output_dir. [MMP-E020]"
         )
         assert list(folder.iterdir()) == []
     finally:
@@ -254,9 +251,7 @@ def test_samples_keep_their_keys_and_get_thumbnails(tmp_path):
     assert Image.open(run.path / thumb).size == (112, 56)
 
 
-@pytest.mark.parametrize(
-    "size", [(1, 1), (16, 16), (3, 90), (100, 20), (112, 10), (160, 160), (640, 480), (50, 2000)]
-)
+@pytest.mark.parametrize("size", [(1, 1), (16, 16), (3, 90), (100, 20), (112, 10), (160, 160), (640, 480), (50, 2000)])
 def test_thumbnails_have_a_longer_side_of_112_to_160(tmp_path, size):
     run = start(tmp_path / "a")
     (row,) = lines(run.write_samples(1, [{"media": [{"type": "image", "ref": Image.new("L", size)}]}]))

@@ -88,14 +88,10 @@ def test_the_panel_has_at_most_14_lines_of_the_terminal_width(width):
     progress.start(200, "a title that is longer than any terminal " * 5)
     for step in range(1, 60):
         metrics = {**record(step), **{f"extra_{i}": float(i) for i in range(30)}}
-        progress.update(
-            step, metrics, {"data": 0.1, "rollout": 0.5, "reward": 0.1, "train": 0.3, "sync": 0.0}
-        )
+        progress.update(step, metrics, {"data": 0.1, "rollout": 0.5, "reward": 0.1, "train": 0.3, "sync": 0.0})
     progress.event("something happened " * 20)
     progress.checkpoint("checkpoints/step-000050")
-    console = Console(
-        file=io.StringIO(), width=width, force_terminal=True, color_system=None, legacy_windows=False
-    )
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None, legacy_windows=False)
     console.print(progress.panel())
     shown = console.file.getvalue().splitlines()
     assert len(shown) <= 14

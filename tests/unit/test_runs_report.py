@@ -122,12 +122,8 @@ def write_eval(run: RunFolder, accuracy: float) -> None:
         "model": {"name": "tiny-vlm", "params": 1_200_000},
         "task": {"name": "digits", "version": "1.0"},
         "n": 500,
-        "metrics": {
-            "accuracy": {"value": accuracy, "ci": [accuracy - 0.04, accuracy + 0.04], "n": 500, "unparsed": 3}
-        },
-        "by_group": {
-            name: {"value": v, "ci": [max(0, v - 0.08), v + 0.08], "n": 125} for name, v in groups.items()
-        },
+        "metrics": {"accuracy": {"value": accuracy, "ci": [accuracy - 0.04, accuracy + 0.04], "n": 500, "unparsed": 3}},
+        "by_group": {name: {"value": v, "ci": [max(0, v - 0.08), v + 0.08], "n": 125} for name, v in groups.items()},
         "seconds": 3.2,
     }
     run.write_eval("digits", result, rows)
@@ -160,9 +156,7 @@ class Checker(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.resources += [
-            v for k, v in attrs if k in {"src", "href", "xlink:href", "data", "action", "xmlns"} and v
-        ]
+        self.resources += [v for k, v in attrs if k in {"src", "href", "xlink:href", "data", "action", "xmlns"} and v]
         if tag not in self.VOID:
             self.stack.append(tag)
 
@@ -264,9 +258,7 @@ def test_report_shrinks_below_the_limit_and_says_so(make_run):
     big = run.path / "samples" / "media" / "big.jpg"
     big.write_bytes(noise.bytes(300_000))
     lines = [{**row, "media": [{"type": "image", "thumb": "samples/media/big.jpg"}]} for row in rows]
-    (run.path / "samples" / "step-000200.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in lines)
-    )
+    (run.path / "samples" / "step-000200.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     html = check(write_report(run.path))
     assert any("samples of each kind are shown, to keep this file under 5 MB." in text for text in html.texts)
 
@@ -288,9 +280,7 @@ def test_report_embeds_no_file_outside_the_run_folder(make_run, tmp_path):
 
 def test_staged_report_shows_summary_and_stages(make_run, tmp_path):
     runs = {"sft": make_run("sft", "sft", 0.71), "grpo": make_run("grpo", "grpo", 0.83)}
-    stages = [Stage("init", None, None)] + [
-        Stage(n, r.path, r.path / "eval" / "digits.json") for n, r in runs.items()
-    ]
+    stages = [Stage("init", None, None)] + [Stage(n, r.path, r.path / "eval" / "digits.json") for n, r in runs.items()]
     summary = {
         "task": "digits",
         "model_params": 1_234_567,
