@@ -121,6 +121,12 @@ class VisionAdapter:
         return text
 
     def _apply_template(self, messages: list[dict[str, Any]], generate: bool) -> str:
+        if not (self.processor.chat_template or self.tokenizer.chat_template):
+            raise MmpostError(
+                "MMP-E031",
+                f"the checkpoint (model {self.config.model_type}) has no chat template.",
+                "Use an instruction-tuned checkpoint, or put its chat_template.jinja into the model folder.",
+            )
         return str(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
 
     def _pieces(self, sample: Sample, loss_on: str) -> list[Piece]:
@@ -238,8 +244,13 @@ class VisionAdapter:
             "Remove literal image tokens from the text, or check that processor and weights belong together.",
         )
 
+    def stop_at(self, ids: int | Sequence[int] | None) -> None:
+        """Add end tokens, as a checkpoint's generation settings name them."""
+        more = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+        self.stop_token_ids = tuple(dict.fromkeys([*self.stop_token_ids, *more]))
+
     def _stop_ids(self) -> tuple[int, ...]:
-        """End tokens of the tokenizer and the checkpoint's generation settings."""
+        """End tokens of the tokenizer and of the configuration."""
         found = [self.tokenizer.eos_token_id]
         for source in (self.config, getattr(self.config, "text_config", None)):
             value = getattr(source, "eos_token_id", None)

@@ -46,4 +46,6 @@ def uniform(seed: int, purpose: str, *counters: int | np.ndarray) -> np.ndarray:
 
 def generator(seed: int, purpose: str, *counters: int) -> np.random.Generator:
     """A numpy generator that belongs to one purpose and one set of counters."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, key(purpose), *counters])))
+    # The number of counters is part of the key: numpy pads with zeros, so (s, p) and (s, p, 0) would be one stream.
+    words = [seed, key(purpose), len(counters), *counters]
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))

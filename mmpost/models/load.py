@@ -120,6 +120,7 @@ def load(
     elif section.gradient_checkpointing:
         _checkpoint_language_model(model)
     adapter = adapter_class(processor, config, media=media or MediaSection(), max_length=max_length)
+    adapter.stop_at(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
     policy = Policy(model.to(device)).eval()
     fresh = isinstance(peft, LoraSettings) and adapter_folder is None
     return LoadedModel(policy, adapter, name, base, section, peft, fresh)

@@ -252,7 +252,7 @@ def test_rows_without_advantage_may_be_left_out(open_tiny, mixed_rows):
     kept = [row for row in rows if row.advantage != 0]
     assert len(kept) == len(rows) - 1
     for aggregate in ("seq_mean", "token", "const", "seq_sum"):
-        learner = _learner(model, replace(GRPO, aggregate=aggregate), temperature=0.8, max_length=30)
+        learner = _learner(model, replace(GRPO, aggregate=aggregate), micro_batch=4, temperature=0.8, max_length=30)
         learner.update(_update(rows), 0.0)
         whole = _gradients(model)
         learner.update(_update(kept, positions=positions, row_count=len(rows)), 0.0)
