@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import Field
 
 from mmpost.config.load import load, split_arguments
 from mmpost.config.run import GRPOConfig, SFTConfig
+from mmpost.config.schema import Settings
 from mmpost.core.errors import ManyErrors, MmpostError
 
 HELP = "'mmpost grpo --help{}' lists the options"
@@ -34,7 +36,6 @@ IN_FILE = [
     ("peft: {r: 8}", "C001", "a.yaml:1: 'peft.r' needs peft.kind=lora; here peft.kind is 'full'"),
     ("peft: {kind: full, r: 8}", "C001", "a.yaml:1: 'peft.r' needs peft.kind=lora; here peft.kind is 'full'"),
     ("peft: {kind: lora, rr: 8}", "C001", "a.yaml:1: unknown key 'peft.rr'; did you mean 'peft.r'?"),
-    ("batch_size: 3", "C003", "a.yaml:1: 'batch_size' is ambiguous: train.batch_size, eval.batch_size"),
     ("train:\n  max_steps: ten", "C004", "a.yaml:2: train.max_steps: expected a whole number, got 'ten'"),
     ("max_steps: 1.5", "C004", "a.yaml:1: train.max_steps: expected a whole number, got 1.5"),
     ("max_steps: true", "C004", "a.yaml:1: train.max_steps: expected a whole number, got true"),
@@ -144,7 +145,6 @@ ON_COMMAND_LINE = [
         "C001",
         "command line: no 'data.train.0': 'data.train' has 0 items. Add one with data.train+=VALUE.",
     ),
-    ("batch_size=3", "C003", "'batch_size' is ambiguous: train.batch_size, eval.batch_size"),
     ("max_steps=ten", "C004", "command line: train.max_steps: expected a whole number, got 'ten'"),
     ("--max-steps", "C004", "command line: train.max_steps: expected a whole number, got true"),
     ("seed+=1", "C004", "command line: train.seed: only a list can be extended with +="),
@@ -236,7 +236,6 @@ def test_mistakes_of_all_files_and_the_command_line_are_reported_together(tmp_pa
             {"learning_rat": 1},
             "SFTConfig: unknown key 'learning_rat'; did you mean 'train.learning_rate'? [MMP-C001]",
         ),
-        ({"batch_size": 1}, "'batch_size' is ambiguous: train.batch_size, eval.batch_size [MMP-C003]"),
         ({"max_steps": "ten"}, "SFTConfig: train.max_steps: expected a whole number, got 'ten' [MMP-C004]"),
         ({"r": 8}, "SFTConfig: 'peft.r' needs peft.kind=lora; here peft.kind is 'full' [MMP-C001]"),
         ({"seed": 1, "train": {"seed": 2}}, "SFTConfig: 'train.seed' is given twice [MMP-C005]"),
@@ -246,3 +245,23 @@ def test_mistake_in_python(values, message):
     with pytest.raises(MmpostError) as caught:
         SFTConfig(**values)
     assert str(caught.value) == message
+
+
+class _Twice(Settings):
+    """A section with an option that another one has, too."""
+
+    seed: int = 0
+
+
+class _Ambiguous(GRPOConfig):
+    twice: _Twice = Field(default_factory=_Twice)
+
+
+def test_a_bare_name_of_two_sections_is_refused_everywhere(tmp_path):
+    (tmp_path / "a.yaml").write_text("seed: 3")
+    for arguments, place in ((["a.yaml"], "a.yaml:1: "), (["seed=3"], "")):
+        with pytest.raises(MmpostError) as caught:
+            load(_Ambiguous, *split_arguments(arguments))
+        assert str(caught.value) == f"{place}'seed' is ambiguous: train.seed, twice.seed [MMP-C003]"
+    with pytest.raises(MmpostError, match=r"'seed' is ambiguous: train\.seed, twice\.seed \[MMP-C003\]"):
+        _Ambiguous(seed=1)
