@@ -199,8 +199,7 @@ class Loop:
         if self.folder is not None:
             self.folder.log(record)
         if self.progress is not None:
-            shown = {name: value for name, value in means.items() if not name.startswith("phase_s")}
-            self.progress.update(self.state.step, {**shown, "lr": rate}, nested.get("phase_s"))
+            self.progress.update(self.state.step, record)
 
     def _note_dropped(self) -> None:
         """Rows that were left out are named once, never silently."""
