@@ -1,8 +1,10 @@
 """First light over three seeds: reinforcement learning with real rewards improves on SFT, with shuffled ones it does not."""
 
 import json
+import os
 
 import pytest
+import torch
 
 from mmpost.cli.demo import first_light
 
@@ -10,6 +12,7 @@ from mmpost.cli.demo import first_light
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_grpo_improves_on_sft_and_shuffled_rewards_do_not(tmp_path):
+    torch.set_num_threads(os.cpu_count() or 1)  # the other tests run with one
     summary = first_light(tmp_path / "demo", [0, 1, 2], control=True)
     print(json.dumps(summary, indent=1))
     assert json.loads((tmp_path / "demo" / "summary.json").read_text()) == summary

@@ -64,7 +64,7 @@ def test_bootstrap_covers_the_true_difference():
     for trial in range(trials):
         shared = rng.random(n)
         a, b = (shared < 0.5).astype(float), (0.6 * shared + 0.4 * rng.random(n) < 0.6).astype(float)
-        _, (low, high) = paired_bootstrap(a, b, seed=trial)
+        _, (low, high) = paired_bootstrap([a], [b], seed=trial)
         hits += low <= difference <= high
     assert 0.90 < hits / trials < 0.99
 
@@ -72,24 +72,35 @@ def test_bootstrap_covers_the_true_difference():
 def test_bootstrap_is_about_the_pairs():
     rng = np.random.default_rng(2)
     a = rng.integers(0, 2, 200).astype(float)
-    mean, (low, high) = paired_bootstrap(a, a, seed=0)
+    mean, (low, high) = paired_bootstrap([a], [a], seed=0)
     assert (mean, low, high) == (0.0, 0.0, 0.0)
     b = a.copy()
     b[:20] = 1 - b[:20]
-    mean, (low, high) = paired_bootstrap(a, b, seed=0)
+    mean, (low, high) = paired_bootstrap([a], [b], seed=0)
     assert mean == pytest.approx(float((b - a).mean()))
     assert low <= mean <= high
     # Twenty rows differ, so the interval is that of twenty flips, far narrower than that of two unpaired shares.
     assert high - low < 2 * 1.96 * math.sqrt(20) / 200 * 1.1
-    assert paired_bootstrap(a, b, seed=0) == paired_bootstrap(a, b, seed=0)
-    assert paired_bootstrap(a, b, seed=1)[1] != paired_bootstrap(a, b[::-1], seed=0)[1]
+    assert paired_bootstrap([a], [b], seed=0) == paired_bootstrap([a], [b], seed=0)
+    assert paired_bootstrap([a], [b], seed=1)[1] != paired_bootstrap([a], [b[::-1]], seed=0)[1]
 
 
 def test_bootstrap_and_student_agree_on_many_rows():
     difference = np.random.default_rng(3).normal(0.1, 1.0, 2000)
-    _, ours = paired_bootstrap(np.zeros(2000), difference, seed=0)
+    _, ours = paired_bootstrap([np.zeros(2000)], [difference], seed=0)
     expected = scipy_stats.t.interval(0.95, 1999, loc=difference.mean(), scale=difference.std(ddof=1) / math.sqrt(2000))
     assert ours == pytest.approx(expected, abs=0.004)
+
+
+def test_bootstrap_over_several_runs_spans_their_differences():
+    """Two runs whose gains differ: the interval reaches from the one to the other, wider than rows alone would make it."""
+    gains = np.zeros((2, 1000))
+    gains[0, :100] = 1  # +0.1 and +0.3
+    gains[1, :300] = 1
+    mean, (low, high) = paired_bootstrap(np.zeros((2, 1000)), gains, seed=0)
+    assert mean == pytest.approx(0.2)
+    assert low < 0.12
+    assert high > 0.28
 
 
 # -- the harness -----------------------------------------------------------------------------------------------------
