@@ -1,7 +1,8 @@
-"""First light over three seeds: reinforcement learning with real rewards improves on SFT, with shuffled ones it does not."""
+"""First light over three seeds: GRPO with real rewards improves on SFT, with shuffled ones it does not."""
 
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from mmpost.cli.demo import first_light
 def test_grpo_improves_on_sft_and_shuffled_rewards_do_not(tmp_path):
     torch.set_num_threads(os.cpu_count() or 1)  # the other tests run with one
     summary = first_light(tmp_path / "demo", [0, 1, 2], control=True)
-    print(json.dumps(summary, indent=1))
+    sys.stdout.write(json.dumps(summary, indent=1))
     assert json.loads((tmp_path / "demo" / "summary.json").read_text()) == summary
     accuracy = {stage["name"]: stage["accuracy"] for stage in summary["stages"]}
     assert accuracy["init"] < accuracy["sft"] < accuracy["grpo"]

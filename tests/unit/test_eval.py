@@ -93,7 +93,7 @@ def test_bootstrap_and_student_agree_on_many_rows():
 
 
 def test_bootstrap_over_several_runs_spans_their_differences():
-    """Two runs whose gains differ: the interval reaches from the one to the other, wider than rows alone would make it."""
+    """Two runs whose gains differ: the interval reaches from one to the other, wider than rows alone would make it."""
     gains = np.zeros((2, 1000))
     gains[0, :100] = 1  # +0.1 and +0.3
     gains[1, :300] = 1
