@@ -54,7 +54,8 @@ import transformers
 print(transformers.PreTrainedTokenizerFast.__module__)
 """
     origin, module = from_root(code).splitlines()
-    assert not Path(origin).resolve().is_relative_to(ROOT)
+    # The library may well lie under the root, in .venv, but in no folder of ours.
+    assert Path(origin).parent.parent.name in ("site-packages", "dist-packages")
     assert module.startswith("transformers.")
 
 
