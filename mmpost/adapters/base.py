@@ -98,6 +98,14 @@ class VisionAdapter:
         text = self._render(sample.turns, generate=True)
         return self._encode_pieces(sample, [Piece(text, len(sample.media("image")), False)])
 
+    def encode_answer(self, sample: Sample) -> Tensor:
+        """Ids of the final assistant turn as ``encode`` trains them, the end token included, int64 ``[n]``.
+
+        Behind the ids of ``encode_prompt`` of the same row without that turn they are the ids of ``encode``.
+        """
+        pieces = self._pieces(sample, "last_assistant")
+        return self._tokenize(next(piece for piece in reversed(pieces) if piece.train), [])[0]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a completion without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -153,11 +161,29 @@ class VisionAdapter:
             end = len(before) + self._answer_length(after[len(before) :], turns[index].text)
             images = sum(len([p for p in turn.parts if p.kind == "image"]) for turn in turns[:index])
             pieces.append(Piece(whole[cut : len(before)], images - images_cut, False))
-            pieces.append(Piece(whole[len(before) : end], 0, True))
+            pieces.extend(self._answer_pieces(sample, turns[index], whole[len(before) : end]))
             cut, images_cut = end, images
         if cut < len(whole) and chosen and chosen[-1] != len(turns) - 1:
             pieces.append(Piece(whole[cut:], len(sample.media("image")) - images_cut, False))
         return pieces or [Piece(whole, len(sample.media("image")), False)]
+
+    def _answer_pieces(self, sample: Sample, turn: Turn, text: str) -> list[Piece]:
+        """A rendered turn that trains, cut around the parts of it that do not; its end trains with its last part."""
+        if all(part.train for part in turn.parts):
+            return [Piece(text, 0, True)]
+        pieces: list[Piece] = []
+        cut = 0
+        for part in turn.parts:
+            start = text.find(part.text, cut)
+            if start < 0:
+                raise MmpostError(
+                    "MMP-D031",
+                    f"{sample.origin}: the chat template rewrites a message that has parts with train=false.",
+                    "Put the context into the user's message, or use another template.",
+                )
+            pieces.append(Piece(text[cut : start + len(part.text)], 0, part.train))
+            cut = start + len(part.text)
+        return [*pieces, Piece(text[cut:], 0, turn.parts[-1].train)]
 
     def _answer_length(self, rendered: str, text: str) -> int:
         """Characters of a rendered assistant turn that train: the text and the end-of-turn token behind it."""
@@ -214,6 +240,13 @@ class VisionAdapter:
     def nest(self, images: list[Image.Image]) -> list[Any]:
         """Images of one row in the shape that the processor wants."""
         return list(images)
+
+    def dummy_media(self) -> dict[str, Tensor]:
+        """Media tensors of a small picture, for a pass through the tower whose result is not used.
+
+        Black, because SmolVLM takes a picture of zeros (middle grey) for padding.
+        """
+        return self._tokenize(Piece(self.processor.image_token, 1, False), [Image.new("RGB", (28, 28))])[1]
 
     # -- checks --------------------------------------------------------------------------------------------------
 
@@ -282,7 +315,7 @@ class VisionAdapter:
             ids[i, span], attend[i, span], positions[:, i, span] = row.ids, 1, row.positions
             trained = row.train.nonzero()[:, 0]
             row_index.append(torch.full_like(trained, i))
-            at.append(trained + start - 1)
+            at.append(i * length + trained + start - 1)
             target.append(row.ids[trained])
         inputs = {
             "input_ids": ids,

@@ -6,10 +6,13 @@ tests compare with.
 
 from __future__ import annotations
 
+import math
+
 import torch
+from PIL import Image
 from torch import Tensor
 
-from mmpost.adapters.base import VisionAdapter
+from mmpost.adapters.base import Piece, VisionAdapter
 from mmpost.config.schema import MediaSection
 
 # Largest picture when neither the user nor the checkpoint asks for less: about 1,280 tokens of 28 x 28 pixels.
@@ -29,10 +32,23 @@ class QwenVLAdapter(VisionAdapter):
         highest = media.max_pixels or min(size["longest_edge"], DEFAULT_MAX_PIXELS)
         image_processor.size = {**size, "shortest_edge": min(lowest, highest), "longest_edge": highest}
 
+    def _tokenize(self, piece: Piece, images: list[Image.Image]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Ids and pixels by the checkpoint's tokenizer and image processor.
+
+        The processor around the two only repeats each placeholder; its checks of options cost more than both.
+        """
+        ids = torch.tensor(self.tokenizer(piece.text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+        if not images:
+            return ids, {}
+        media = dict(self.processor.image_processor(images=images, return_tensors="pt"))
+        times = torch.ones_like(ids)
+        times[ids == self.image_token_id] = torch.tensor(self.image_lengths(media))
+        return ids.repeat_interleave(times), media
+
     def image_lengths(self, media: dict[str, Tensor]) -> list[int]:
         """One feature per merged square of patches."""
         merge = self.config.vision_config.spatial_merge_size
-        return [int(grid.prod()) // merge**2 for grid in media["image_grid_thw"]]
+        return [math.prod(grid) // merge**2 for grid in media["image_grid_thw"].tolist()]
 
     def positions(self, ids: Tensor, media: dict[str, Tensor]) -> Tensor:
         """Rotary positions over time, height and width, ``[3, T]``.

@@ -19,6 +19,9 @@ def load_model(
     seed: int = 0,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantization: str = "none",
+    gradient_checkpointing: bool = False,
+    attn_implementation: str = "sdpa",
 ) -> LoadedModel:
     """Open weights, processor and adapter.
 
@@ -32,6 +35,9 @@ def load_model(
         seed: Of ``tiny-*`` weights and of new LoRA weights.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Run code that comes with the checkpoint.
+        quantization: ``none``, ``nf4`` (QLoRA) or ``int8``.
+        gradient_checkpointing: Recompute the language model's activations to save memory.
+        attn_implementation: ``sdpa``, ``eager`` or ``flash_attention_2``.
 
     Raises:
         MmpostError: MMP-E030 when it cannot be opened, MMP-C006 for an unsupported model type.
@@ -42,6 +48,9 @@ def load_model(
         dtype=dtype,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        quantization=quantization,
+        gradient_checkpointing=gradient_checkpointing,
+        attn_implementation=attn_implementation,
         **options,
     )
     return load(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import math
 import shutil
 import time
@@ -11,13 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from mmpost.algos import ALGOS
 from mmpost.api import data as api_data
 from mmpost.api.data import Data
 from mmpost.api.evaluate import evaluate
+from mmpost.api.method import open_method, open_reference, open_teacher
 from mmpost.config.run import GRPOConfig, SFTConfig, check_batch
 from mmpost.config.schema import RewardSpec
 from mmpost.core.batch import Encoded
@@ -30,13 +29,15 @@ from mmpost.rewards.score import check_columns, resolve
 from mmpost.runs.folder import WRITTEN, RunFolder, Status
 from mmpost.runs.live import Progress
 from mmpost.runs.report import write_report
-from mmpost.train import checkpoint
+from mmpost.rollout.engine import Engine, Setup, open_engine
+from mmpost.train import checkpoint, demos
+from mmpost.train.completions import Completions
 from mmpost.train.distributed import Processes
 from mmpost.train.learner import Learner
 from mmpost.train.loop import Interrupted, Loop
-from mmpost.train.parts import Parts
-from mmpost.train.rows import Row, RowStream
-from mmpost.train.sources import Completions, Demonstrations, Source
+from mmpost.train.method import Method
+from mmpost.train.rows import RowStream
+from mmpost.train.sources import Demonstrations, Source
 from mmpost_tasks import TASKS
 
 # Rows are all encoded before the first step up to this number, so that rows that do not fit are named at once.
@@ -76,8 +77,9 @@ class Training:
         self.model, self.data, self.reward_choice = model, data, rewards
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.output = Path(config.train.output_dir or f"runs/{config.command}-{stamp}")
-        self.processes = Processes(bf16=config.train.bf16)
+        self.processes = Processes(bf16=config.train.bf16, strategy=config.train.strategy)
         self.was_finished = False
+        self._engine: Engine | None = None
 
     # -- the run -------------------------------------------------------------------------------------------------
 
@@ -93,7 +95,7 @@ class Training:
         """
         config, processes = self.config, self.processes
         check_batch(config, processes.world, self.origins)
-        parts = self._parts()
+        method = open_method(config)
         for name in config.eval.tasks:
             # A misspelt task must not be found only after the training.
             Catalog("tasks", TASKS).get(name)
@@ -107,6 +109,8 @@ class Training:
         data = list(self.data) if self.data is not None else api_data.open_all(config.data, seed=config.train.seed)
         if self.data is not None:
             data = [item if isinstance(item, Data) else api_data.load_data(item) for item in data]
+        if isinstance(config, GRPOConfig) and method.demo is not None:
+            self._set_answers_aside(data)
         api_data.prepare(data, config.data, command=config.command)
         for source in data:
             check_columns(rewards, source.samples)
@@ -115,7 +119,7 @@ class Training:
             return self.output
         torch.manual_seed(config.train.seed)
         try:
-            loop, progress = self._build(self._load_model(), data, rewards, parts, folder)
+            loop, progress = self._build(self._load_model(), data, rewards, method, folder)
         except BaseException:
             _withdraw(folder)
             raise
@@ -130,6 +134,8 @@ class Training:
             status = "interrupted"
             raise
         finally:
+            if self._engine is not None:
+                self._engine.close()
             if progress is not None:
                 progress.stop()
             if loop.state.step:
@@ -138,17 +144,12 @@ class Training:
                 _withdraw(folder)
         return self.output
 
-    def _parts(self) -> Parts:
-        section = self.config.loss
-        preset: Parts = Catalog("algos", ALGOS).get(section.preset or self.config.command)
-        parts = preset.override(section)
-        if isinstance(self.config, SFTConfig) and parts.advantage != "ones":
-            raise MmpostError(
-                "MMP-C033",
-                f"loss.advantage is '{parts.advantage}', but demonstrations have no rewards.",
-                "Use mmpost grpo, or loss.advantage=ones.",
-            )
-        return parts
+    def _set_answers_aside(self, data: Sequence[Data]) -> None:
+        """Keep the answers of prompt rows, for a method that also trains on demonstrations."""
+        for source in data:
+            source.samples = [demos.set_aside(sample) for sample in source.samples]
+        name = self.config.loss.preset or self.config.command
+        demos.check_some([sample for source in data for sample in source.samples], name)
 
     def _open_folder(self, data: Sequence[Data]) -> RunFolder | None:
         """Open on the first process; all processes see the same outcome."""
@@ -196,10 +197,11 @@ class Training:
         return self.model
 
     def _build(
-        self, model: LoadedModel, data: list[Data], rewards: list[Any], parts: Parts, folder: RunFolder | None
+        self, model: LoadedModel, data: list[Data], rewards: list[Any], method: Method, folder: RunFolder | None
     ) -> tuple[Loop, Progress | None]:
         config, processes, train = self.config, self.processes, self.config.train
-        reference = self._reference(model, parts)
+        reference = open_reference(model, method, self._policy)
+        teacher = open_teacher(config, model, method)
         if self._resume_from is not None:
             # Weights of the checkpoint; the reference above keeps those of the start.
             section = config.model.model_copy(update={"model_name_or_path": str(self._resume_from)})
@@ -214,42 +216,63 @@ class Training:
             self.model = model
         stream = self._stream(model, data)
         total_steps = self._steps(data)
-        weights = [p for p in model.policy.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            weights,
+        adamw = functools.partial(
+            torch.optim.AdamW,
             lr=train.learning_rate,
             betas=(train.adam_beta1, train.adam_beta2),
             weight_decay=train.weight_decay,
         )
-        policy = processes.prepare(model.policy)
+        policy, optimizer = processes.prepare_training(model.policy, model.adapter, adamw, clip=train.max_grad_norm)
         grpo = config.grpo if isinstance(config, GRPOConfig) else None
         learner = Learner(
             policy,
             model.adapter,
             optimizer,
             processes,
-            parts,
+            method,
             micro_batch=train.per_device_train_batch_size,
             temperature=grpo.temperature if grpo else 1.0,
             max_grad_norm=train.max_grad_norm,
             max_length=grpo.max_completion_length if grpo else 1,
+            others={name: other for name, other in (("reference", reference), ("teacher", teacher)) if other},
         )
         source: Source
         if grpo is None:
-            source = Demonstrations(stream, num_samples=config.log.samples)
+            source = Demonstrations(
+                stream,
+                num_samples=config.log.samples,
+                method=method,
+                adapter=model.adapter,
+                processes=processes,
+                measure=learner.measure,
+            )
         else:
+            assert isinstance(config, GRPOConfig)
+            self._engine = open_engine(
+                Setup(
+                    config.rollout,
+                    model.policy,
+                    model.adapter,
+                    model.base,
+                    batch_size=grpo.rollout_batch_size,
+                    rank=processes.rank,
+                    barrier=processes.barrier,
+                )
+            )
             source = Completions(
                 stream,
                 policy=model.policy,
                 adapter=model.adapter,
                 rewards=rewards,
                 section=grpo,
-                parts=parts,
+                method=method,
                 processes=processes,
                 log_probs=learner.log_probs,
-                reference=(lambda rows: reference(learner, rows)) if reference else None,
+                reference=functools.partial(reference, learner) if reference and method.asks("reference") else None,
+                teacher=functools.partial(teacher, learner) if teacher and method.asks("teacher") else None,
                 seed=train.seed,
                 num_samples=config.log.samples,
+                engine=self._engine,
             )
         progress = self._progress(model, total_steps, data, folder)
         loop = Loop(
@@ -270,22 +293,10 @@ class Training:
             loop.resume(self._resume_from)
         return loop, progress
 
-    def _reference(
-        self, model: LoadedModel, parts: Parts
-    ) -> Callable[[Learner, Sequence[Row]], list[np.ndarray]] | None:
-        """Log-probabilities of the starting weights, when a penalty needs them."""
-        if not parts.beta:
-            return None
-        if model.fresh_lora:
-            # The base under new LoRA weights is the starting point; no second copy is needed.
-            def without_adapter(learner: Learner, rows: Sequence[Row]) -> list[np.ndarray]:
-                assert self.model is not None
-                with self.model.policy.model.disable_adapter():
-                    return learner.log_probs(rows)
-
-            return without_adapter
-        frozen: Policy = copy.deepcopy(model.policy).requires_grad_(False).eval()
-        return lambda learner, rows: learner.log_probs(rows, module=frozen)
+    def _policy(self) -> Policy:
+        """The policy that trains; a continued run opens it again."""
+        assert self.model is not None
+        return self.model.policy
 
     def _stream(self, model: LoadedModel, data: list[Data]) -> RowStream:
         config = self.config
@@ -369,30 +380,27 @@ class Training:
     def _evaluate(self, step: int) -> dict[str, Any]:
         """Held-out accuracy; computed on the first process, known to all."""
         section, out = self.config.eval, {}
-        if self.processes.is_main:
-            assert self.model is not None
-            results = evaluate(
-                self.model,
-                section.tasks,
-                limit=section.limit,
-                batch_size=section.per_device_eval_batch_size,
-                max_new_tokens=section.max_new_tokens,
-            )
-            for task, result in results.results.items():
-                accuracy = result["metrics"]["accuracy"]
-                out[task] = {"accuracy": accuracy["value"], "ci": accuracy["ci"], "n": accuracy["n"]}
-            results.save_samples(self.output)
-        self.processes.barrier()
+        assert self.model is not None
+        with self.processes.whole(self.model.policy):
+            if self.processes.is_main:
+                results = evaluate(
+                    self.model,
+                    section.tasks,
+                    limit=section.limit,
+                    batch_size=section.per_device_eval_batch_size,
+                    max_new_tokens=section.max_new_tokens,
+                )
+                for task, result in results.results.items():
+                    accuracy = result["metrics"]["accuracy"]
+                    out[task] = {"accuracy": accuracy["value"], "ci": accuracy["ci"], "n": accuracy["n"]}
+                results.save_samples(self.output)
+            self.processes.barrier()
         shared: dict[str, Any] = self.processes.gather(out)[0]
         return shared
 
     def _finish(self, loop: Loop, folder: RunFolder | None) -> None:
         """Final weights, final evaluation."""
-        if self.processes.is_main:
-            scratch = self.output / "final.partial"
-            loop.model.save(scratch)
-            checkpoint.move_into_place(scratch, self.output / "final")
-        self.processes.barrier()
+        checkpoint.save_final(self.output / "final", loop.model, self.processes)
         if loop.evaluate is not None:
             loop._evaluate()
         if folder is not None and loop.progress is not None:

@@ -35,6 +35,7 @@ EXAMPLES = {
         "Supervised fine-tuning.",
         "mmpost sft configs/demo/sft.yaml train.output_dir=runs/sft",
         "mmpost sft rows.jsonl model_name_or_path=Qwen/Qwen2.5-VL-3B-Instruct peft.kind=lora max_steps=200",
+        "mmpost sft rows.jsonl model_name_or_path=Qwen/Qwen2.5-VL-7B-Instruct train.strategy=fsdp2 --gpus 8",
     ),
     "grpo": (
         "Reinforcement learning with verifiable rewards (GRPO).",
@@ -57,6 +58,7 @@ def grpo(context: typer.Context) -> None:
 
 
 def _train(config_class: type[SFTConfig] | type[GRPOConfig], args: list[str]) -> None:
+    from mmpost.cli import launch
     from mmpost.config.load import load, resolved_yaml, split_arguments
 
     name = config_class.command
@@ -66,8 +68,12 @@ def _train(config_class: type[SFTConfig] | type[GRPOConfig], args: list[str]) ->
     if not args:
         _help(config_class, ["--help"])
         raise typer.Exit(2)
+    wanted, args = launch.split(args)
     files, overrides = split_arguments(args)
+    # Before processes are started, so that a mistake is told once.
     loaded = load(config_class, files, overrides)
+    if wanted is not None and launch.needed(wanted):
+        raise typer.Exit(launch.start(wanted, [name, *args]))
 
     from mmpost.api.training import Training
 
@@ -99,8 +105,13 @@ def _help(config_class: type[SFTConfig] | type[GRPOConfig], args: list[str]) -> 
 
 
 @app.command()
-def resume(run: Annotated[Path, typer.Argument(help="run folder")]) -> None:
+def resume(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    gpus: Annotated[int | None, typer.Option(min=1, help="one process per GPU")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="processes on the CPU")] = None,
+) -> None:
     """Continue an interrupted run from its last checkpoint."""
+    from mmpost.cli import launch
     from mmpost.config.load import load
     from mmpost.core.errors import MmpostError
 
@@ -111,6 +122,10 @@ def resume(run: Annotated[Path, typer.Argument(help="run folder")]) -> None:
     # Only a GRPO configuration has a section of that name.
     config_class: type[SFTConfig] | type[GRPOConfig] = GRPOConfig if "\ngrpo:" in f"\n{text}" else SFTConfig
     loaded = load(config_class, [config], [f"train.output_dir={run}", "train.overwrite=false"])
+    counts = [f"--{kind}={count}" for kind, count in (("gpus", gpus), ("processes", processes)) if count is not None]
+    wanted, _ = launch.split(counts)
+    if wanted is not None and launch.needed(wanted):
+        raise typer.Exit(launch.start(wanted, ["resume", str(run)]))
 
     from mmpost.api.training import Training
 

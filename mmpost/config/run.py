@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, field_validator
 from mmpost.config.check import config_values
 from mmpost.config.dump import leaves, to_yaml
 from mmpost.config.load import load
-from mmpost.config.schema import GrpoSection, RewardSpec, RunConfig
+from mmpost.config.schema import GrpoSection, RewardSpec, RolloutSection, RunConfig
 from mmpost.core.errors import MmpostError
 
 _TIMES = "\N{MULTIPLICATION SIGN}"
@@ -88,6 +88,7 @@ class GRPOConfig(CommandConfig):
     command: ClassVar[Literal["sft", "grpo"]] = "grpo"
 
     grpo: GrpoSection = Field(default_factory=GrpoSection)
+    rollout: RolloutSection = Field(default_factory=RolloutSection)
     rewards: list[RewardSpec] = Field([], description="reward functions; a name or a list of names is accepted")
 
     @field_validator("rewards", mode="before")

@@ -33,6 +33,10 @@ class ModelSection(Settings):
     freeze: list[Literal["vision_tower", "projector", "language_model"]] = Field(
         ["vision_tower"], description="parts that do not train under full fine-tuning"
     )
+    quantization: Literal["none", "nf4", "int8"] = Field(
+        "none", description="frozen language-model weights in 4 bits (QLoRA) or 8; needs peft.kind=lora and bitsandbytes"
+    )
+    use_liger_kernel: bool = Field(False, description="fused CUDA kernels of liger-kernel, where it knows the model")
     gradient_checkpointing: bool = Field(False, description="recompute language-model activations to save memory")
 
 
@@ -131,6 +135,9 @@ class TrainSection(Settings):
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW second moment")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient norm; 0 = never")
     bf16: bool | Literal["auto"] = Field("auto", description="bfloat16 autocast; auto: on CUDA")
+    strategy: Literal["auto", "ddp", "fsdp2", "zero2", "zero3"] = Field(
+        "auto", description="how processes share the model; auto: ddp while it fits a device, else fsdp2"
+    )
     seed: int = Field(42, ge=0, description="seed of everything random")
     logging_steps: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     save_steps: int = Field(500, ge=1, description="steps between checkpoints")
@@ -140,27 +147,52 @@ class TrainSection(Settings):
 
 
 class KlSettings(Settings):
-    """Penalty for leaving the reference model (the starting weights)."""
+    """Penalty for leaving another model; null takes the preset's choice."""
 
-    beta: float = Field(0.0, ge=0, description="weight of the penalty; 0 loads no reference")
-    kl: Literal["k2", "k3", "rho_k3"] = Field(
-        "k2", description="estimator whose gradient is used: k2 and rho_k3 reverse KL, k3 as in the GRPO paper"
+    beta: float | None = Field(None, ge=0, description="weight of the penalty; 0 loads no other model")
+    final_beta: float | None = Field(None, ge=0, description="weight at the end of the run, on a straight line")
+    kl: Literal["k2", "k3", "rho_k3", "k1_reward"] | None = Field(
+        None, description="k2, rho_k3 (off-policy): reverse KL; k3: GRPO paper; k1_reward: taken off the reward"
     )
+    to: Literal["reference", "teacher"] | None = Field(None, description="the starting weights, or loss.teacher")
+
+
+class EngineSettings(Settings):
+    """Weights for the distance between the policy that trains and the engine that samples."""
+
+    mode: Literal["off", "token_tis", "seq_tis", "token_mask", "seq_mask", "geo_reject", "bypass"] | None = Field(
+        None,
+        description="tis cuts the weight, mask and reject drop; null: off with our own engine, else token_tis",
+    )
+    cap: float | None = Field(None, gt=0, description="upper limit of the weight; null: the mode's usual one")
+    low: float | None = Field(None, ge=0, description="lower limit of masks; null: the mode's usual one")
 
 
 class LossSection(Settings):
-    """The four parts of the estimator; null takes the preset's choice."""
+    """The parts of the estimator; null takes the preset's choice."""
 
-    preset: str | None = Field(None, description="name in mmpost.algos; default: the command's own")
-    aggregate: Literal["token", "seq_mean", "const", "seq_sum"] | None = Field(
+    preset: str | None = Field(
+        None, description="name in mmpost.algos or file.py:function; default: the command's own"
+    )
+    args: dict[str, Any] = Field({}, description="constants of the preset, for example {cap: 3}")
+    aggregate: Literal["token", "seq_mean", "const", "seq_sum", "micro_token"] | None = Field(
         None, description="what the sum over positions is divided by"
     )
-    denominator: Literal["self", "old"] | None = Field(None, description="reference measure of the policy ratio")
-    stabilise: list[Literal["clip"]] | None = Field(None, description="masks and weights against large steps")
+    denominator: Literal["self", "one", "old", "seq", "capped", "behaviour"] | None = Field(
+        None, description="reference measure of the policy ratio"
+    )
+    stabilise: (
+        list[Literal["clip", "dual", "delta", "sapo", "vespo", "luffy", "offseq", "entropy_top", "clip_cov"]] | None
+    ) = Field(None, description="masks and weights against large steps, in their order")
     epsilon: float | None = Field(None, ge=0, description="clip below 1 - epsilon")
-    epsilon_high: float | None = Field(None, ge=0, description="clip above 1 + epsilon_high; null: epsilon")
-    advantage: Literal["ones", "group", "group_nostd"] | None = Field(None, description="how rewards become credit")
+    epsilon_high: float | None = Field(None, ge=0, description="clip above 1 + epsilon_high")
+    advantage: (
+        Literal["ones", "reward", "group", "group_nostd", "batch_std", "rloo", "global_stat", "norm_then_sum"] | None
+    ) = Field(None, description="how rewards become credit")
     kl: KlSettings = Field(default_factory=KlSettings)
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+    entropy_beta: float | None = Field(None, ge=0, description="weight of an entropy bonus on completions")
+    teacher: str | None = Field(None, description="folder or hub id of a teacher, for presets that have one")
 
 
 class GrpoSection(Settings):
@@ -176,6 +208,32 @@ class GrpoSection(Settings):
     mask_truncated_completions: bool = Field(False, description="completions cut by length do not train")
     rollout_batch_size: int = Field(256, ge=1, description="completions decoded together on one device")
     shuffle_rewards: bool = Field(False, description="control experiment: permute rewards inside each group")
+
+
+class VllmSettings(Settings):
+    """Rollouts by vLLM."""
+
+    vllm_mode: Literal["server", "colocate"] = Field(
+        "server", description="server: vllm serve on other GPUs; colocate: in each training process, on its GPU"
+    )
+    host: str = Field("127.0.0.1", description="server: its address")
+    port: int = Field(8000, ge=1, le=65535, description="server: its port")
+    group_port: int = Field(51216, ge=1, le=65535, description="server: port for pushing weights")
+    timeout: float = Field(600.0, gt=0, description="server: seconds for one request")
+    start_timeout: float = Field(240.0, ge=0, description="server: seconds to wait until it is up")
+    concurrency: int = Field(64, ge=1, description="server: requests under way at once per process")
+    gpu_memory_utilization: float = Field(0.3, gt=0, lt=1, description="colocate: share of the GPU for vLLM")
+    max_model_len: int | None = Field(None, ge=1, description="colocate: longest prompt and completion in tokens")
+    sleep: bool = Field(True, description="colocate: free the memory of vLLM while the policy trains")
+
+
+class RolloutSection(Settings):
+    """Who samples the completions."""
+
+    engine: Literal["native", "transformers", "vllm"] = Field(
+        "native", description="native: the trainer's own decode loop; transformers: generate(); vllm"
+    )
+    vllm: VllmSettings = Field(default_factory=VllmSettings)
 
 
 class RewardSpec(Settings):

@@ -56,16 +56,32 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Rows side by side.
+class Segment:
+    """A stretch of a packed sequence: its tokens see each other causally, and all of ``prefix`` before them.
 
     Attributes:
-        inputs: Arguments of the model's forward: ``input_ids [B, T]``, ``attention_mask [B, T]``,
-            ``position_ids [B, T]`` or ``[3, B, T]``, and the media tensors.
+        start: First index in the packed sequence.
+        length: Number of tokens.
+        prefix: Number of the segment that comes before this one, or None; a prefix has no prefix itself.
+    """
+
+    start: int
+    length: int
+    prefix: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows side by side (padded), or behind each other in one sequence (packed).
+
+    Attributes:
+        inputs: Arguments of the model's forward: ``input_ids [B, T]``, ``position_ids [B, T]`` or ``[3, B, T]``, the
+            media tensors, and ``attention_mask [B, T]`` when padded. Packed: B is 1.
         row: Row of each trained position, int64 ``[M]``, sorted.
-        at: Index in the row whose hidden state predicts the position, int64 ``[M]``.
+        at: Which hidden state predicts the position, int64 ``[M]``; an index into the flattened ``[B * T]``.
         target: Token id of the position, int64 ``[M]``.
-        num_rows: B.
+        num_rows: Number of rows.
+        segments: How a packed sequence is cut; None when padded.
     """
 
     inputs: dict[str, Tensor]
@@ -73,6 +89,7 @@ class Batch:
     at: Tensor
     target: Tensor
     num_rows: int
+    segments: tuple[Segment, ...] | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch on another device."""
@@ -82,4 +99,5 @@ class Batch:
             self.at.to(device),
             self.target.to(device),
             self.num_rows,
+            self.segments,
         )

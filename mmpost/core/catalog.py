@@ -17,7 +17,7 @@ from typing import Any
 from mmpost.core.errors import MmpostError
 
 # Optional third-party modules and the extra that brings them.
-EXTRAS = {"datasets": "datasets", "num2words": "smolvlm", "gradio": "studio"}
+EXTRAS = {"datasets": "datasets", "num2words": "smolvlm", "gradio": "studio", "math_verify": "math", "vllm": "vllm"}
 
 
 class Catalog:

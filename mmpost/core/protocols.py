@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mmpost.core.sample import Sample
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mmpost.core.batch import Batch, Encoded
 
 
@@ -29,6 +31,7 @@ class Adapter(Protocol):
     pad_token_id: int
     stop_token_ids: tuple[int, ...]
     media_token_ids: tuple[int, ...]
+    position_axes: int
 
     def encode(self, sample: Sample, *, loss_on: str) -> Encoded:
         """Token ids, loss mask and media of a whole conversation."""
@@ -38,8 +41,16 @@ class Adapter(Protocol):
         """The same for a conversation that the policy continues."""
         ...
 
+    def encode_answer(self, sample: Sample) -> Tensor:
+        """Ids of the final assistant turn as ``encode`` trains them, int64 ``[n]``."""
+        ...
+
     def collate(self, rows: Sequence[Encoded], *, left: bool = False) -> Batch:
         """Pad rows into a batch, on the left for generation."""
+        ...
+
+    def join_media(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Media tensors of several rows as the model's arguments, in row order."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -25,11 +25,13 @@ class Part:
         kind: What the part is.
         text: The text; empty for every other kind.
         ref: Path, URL or encoded file bytes of undecoded media; None for text.
+        train: False keeps a text of an assistant turn out of the loss, for example a context it was given.
     """
 
     kind: Kind
     text: str = ""
     ref: str | bytes | None = None
+    train: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import tempfile
@@ -11,7 +12,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from mmpost.adapters import ADAPTERS
 from mmpost.config.schema import FullSettings, LoraSettings, MediaSection, ModelSection
@@ -50,10 +52,15 @@ class LoadedModel:
     peft: LoraSettings | FullSettings | None
     fresh_lora: bool
 
-    def save(self, folder: Path) -> None:
-        """Write a folder that plain transformers opens (weights or adapter, processor, tokenizer)."""
+    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write a folder that plain transformers opens (weights or adapter, processor, tokenizer).
+
+        Args:
+            folder: Made if missing.
+            weights: By name, where the model's own are spread over processes; default the model's own.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        self.policy.model.save_pretrained(folder, safe_serialization=True)
+        self.policy.model.save_pretrained(folder, safe_serialization=True, state_dict=weights)
         self.adapter.save(folder)
         note = {"format": 1, "model_type": self.adapter.config.model_type, "base": self.base}
         (folder / "mmpost.json").write_text(json.dumps(note, indent=2) + "\n")
@@ -108,6 +115,9 @@ def load(
     )
     processor = _open(AutoProcessor, path if adapter_folder else base, name, **options)
     dtype = _dtype(section.dtype, device, peft)
+    quantized = section.quantization != "none"
+    if quantized:
+        options |= _quantization(section, peft, dtype, device)
     model = _open(
         AutoModelForImageTextToText, base, name, dtype=dtype, attn_implementation=section.attn_implementation, **options
     )
@@ -119,9 +129,12 @@ def load(
         model.requires_grad_(False)
     elif section.gradient_checkpointing:
         _checkpoint_language_model(model)
+    if section.use_liger_kernel:
+        _use_liger_kernel(model, device)
     adapter = adapter_class(processor, config, media=media or MediaSection(), max_length=max_length)
     adapter.stop_at(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
-    policy = Policy(model.to(device)).eval()
+    # Quantized weights were put onto the device as they were read, and cannot be moved.
+    policy = Policy(model if quantized else model.to(device)).eval()
     fresh = isinstance(peft, LoraSettings) and adapter_folder is None
     return LoadedModel(policy, adapter, name, base, section, peft, fresh)
 
@@ -165,6 +178,54 @@ def _dtype(wanted: str, device: torch.device, peft: LoraSettings | FullSettings 
     full = isinstance(peft, FullSettings)
     # Full fine-tuning keeps float32 master weights and computes under autocast.
     return torch.bfloat16 if device.type == "cuda" and not full else torch.float32
+
+
+def _quantization(
+    section: ModelSection, peft: LoraSettings | FullSettings | None, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Options of ``from_pretrained`` that store the language model's linear layers in few bits.
+
+    Source: "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314: NormalFloat4 with double quantization.
+    The vision tower and the head stay as they are.
+    """
+    if isinstance(peft, FullSettings):
+        raise MmpostError(
+            "MMP-C039",
+            f"model.quantization is {section.quantization}, but quantized weights cannot train in full.",
+            "Set peft.kind=lora, or model.quantization=none.",
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MmpostError(
+            "MMP-E010",
+            f"model.quantization={section.quantization} needs bitsandbytes, which is not installed.",
+            "pip install 'mmpost-toolkit[quantization]'",
+        )
+    skip = [*PARTS["vision_tower"], *PARTS["projector"], "lm_head"]
+    config = BitsAndBytesConfig(
+        load_in_4bit=section.quantization == "nf4",
+        load_in_8bit=section.quantization == "int8",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=[*skip, *(f"model.{name}" for name in skip)],
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _use_liger_kernel(model: Any, device: torch.device) -> None:
+    """Fused norms, rotary positions and feed-forward of liger-kernel; Triton, hence CUDA only."""
+    if importlib.util.find_spec("liger_kernel") is None or device.type != "cuda":
+        lacks = "a CUDA device" if device.type != "cuda" else "liger-kernel, which is not installed"
+        raise MmpostError(
+            "MMP-E010",
+            f"model.use_liger_kernel needs {lacks}.",
+            "Set model.use_liger_kernel=false." if device.type != "cuda" else "pip install 'mmpost-toolkit[liger]'",
+        )
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance  # noqa: PLC0415
+
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    # The fused loss is left out: the head of the policy never makes all logits either.
+    _apply_liger_kernel_to_instance(model=inner, fused_linear_cross_entropy=False, cross_entropy=False)
 
 
 def _prepare(model: Any, section: ModelSection, peft: LoraSettings | FullSettings, seed: int) -> Any:

@@ -6,16 +6,19 @@ the trained positions are picked before the language-model head runs, so logits 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmpost.core.batch import Batch
+from mmpost.models import attention
 
-# Positions per call of the head: at a vocabulary of 152,000 this is 622 MB of float32 logits.
-HEAD_CHUNK = 1024
+# Float32 logits that may exist at a time, in bytes; at a vocabulary of 152,000 these are 441 positions.
+HEAD_BYTES = 256 << 20
 
 
 def upcast(logits: Tensor) -> Tensor:
@@ -23,23 +26,57 @@ def upcast(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def token_logprob(hidden: Tensor, head: nn.Module, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability of the targets and entropy of the distribution.
+@dataclass(frozen=True, slots=True)
+class Other:
+    """What another model says at the same positions.
+
+    Attributes:
+        hidden: ``[M, d']`` its hidden states, without gradient.
+        head: Its language-model head, from d' to the same vocabulary.
+        kind: Distance that is asked for: ``forward_kl`` KL(other || policy) or ``reverse_kl`` KL(policy || other).
+    """
+
+    hidden: Tensor
+    head: nn.Module
+    kind: Literal["forward_kl", "reverse_kl"]
+
+
+def token_logprob(
+    hidden: Tensor,
+    head: nn.Module,
+    target: Tensor,
+    temperature: float,
+    others: Sequence[Other] = (),
+    entropy_gradient: bool = False,
+) -> tuple[Tensor, ...]:
+    """Log-probability of the targets, entropy of the distribution, and its distances to others.
 
     Args:
         hidden: ``[M, d]`` hidden states that predict the targets.
         head: Language-model head, ``d`` to vocabulary.
         target: int64 ``[M]``.
-        temperature: Logits are divided by it.
+        temperature: Logits are divided by it, those of others, too.
+        others: Models to compare with.
+        entropy_gradient: Whether the entropies have a gradient.
 
     Returns:
-        ``[M]`` log-probabilities in nats with gradient, ``[M]`` entropies in nats without.
+        ``[M]`` log-probabilities in nats with gradient, ``[M]`` entropies in nats, and for each other model ``[M]``
+        divergences in nats with gradient.
     """
     logits = upcast(head(hidden)) / temperature
     logp = logits.log_softmax(-1)
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy = -(logp.exp() * logp).sum(-1)
-    return logp.gather(-1, target[:, None])[:, 0], entropy
+    distances = [_divergence(logp, other, temperature) for other in others]
+    return (logp.gather(-1, target[:, None])[:, 0], entropy, *distances)
+
+
+def _divergence(logp: Tensor, other: Other, temperature: float) -> Tensor:
+    """``[M]`` distance of distributions, in nats, at least 0."""
+    with torch.no_grad():
+        theirs = (upcast(other.head(other.hidden)) / temperature).log_softmax(-1).to(logp.dtype)
+    first, second = (theirs, logp) if other.kind == "forward_kl" else (logp, theirs)
+    return (first.exp() * (first - second)).sum(-1)
 
 
 class Policy(nn.Module):
@@ -47,11 +84,13 @@ class Policy(nn.Module):
 
     Attributes:
         model: The wrapped model, possibly a PEFT model.
+        packs: Whether the model takes packed batches; else only padded ones.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.packs = attention.install(model)
 
     @property
     def inner(self) -> Any:
@@ -68,28 +107,64 @@ class Policy(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
-    def hidden(self, inputs: dict[str, Tensor], **options: Any) -> Any:
-        """Run the model up to its last hidden state.
+    def hidden(self, inputs: dict[str, Tensor], plan: attention.Plan | None = None) -> Tensor:
+        """Last hidden states, ``[B * T, d]``.
 
         Args:
             inputs: Arguments of the forward call, including ``position_ids``: nothing is left for the model to infer
                 from state of an earlier call.
-            options: ``past_key_values`` and ``use_cache`` in generation.
+            plan: How the tokens attend; None for what ``inputs['attention_mask']`` says.
         """
-        return self.inner.base_model(**inputs, **options)
+        if plan is None:
+            out = self.inner.base_model(**inputs, use_cache=False)
+        else:
+            with attention.planned():
+                out = self.inner.base_model(**inputs, use_cache=False, plan=plan)
+        states: Tensor = out.last_hidden_state
+        return states.flatten(0, 1)
 
-    def forward(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies of the trained positions of a batch, both ``[M]``."""
-        states = self.hidden(batch.inputs, use_cache=False).last_hidden_state
-        picked = states[batch.row, batch.at]
-        if len(picked) <= HEAD_CHUNK:
-            return token_logprob(picked, self.head, batch.target, temperature)
-        parts = [
-            checkpoint(token_logprob, h, self.head, y, temperature, use_reentrant=False)
-            for h, y in zip(picked.split(HEAD_CHUNK), batch.target.split(HEAD_CHUNK), strict=True)
-        ]
-        logp, entropy = zip(*parts, strict=True)
-        return torch.cat(logp), torch.cat(entropy)
+    def logits(self, states: Tensor) -> Tensor:
+        """``[rows, V]`` logits, float32 or wider, from hidden states ``[rows, d]``."""
+        return upcast(self.head(states))
+
+    def head_chunk(self, models: int = 1) -> int:
+        """Positions that go through the head at a time, so that logits of ``models`` models fit ``HEAD_BYTES``."""
+        return max(1, HEAD_BYTES // (4 * models * self.inner.config.get_text_config().vocab_size))
+
+    def picked(self, batch: Batch) -> Tensor:
+        """Hidden states that predict the trained positions of a batch, ``[M, d]``."""
+        plan = attention.Packed(batch.segments, batch.at.device) if batch.segments is not None else None
+        return self.hidden(batch.inputs, plan)[batch.at]
+
+    def forward(
+        self, batch: Batch, temperature: float = 1.0, others: Sequence[Other] = (), entropy_gradient: bool = False
+    ) -> tuple[Tensor, ...]:
+        """What ``token_logprob`` says about the trained positions of a batch, ``[M]`` each.
+
+        ``[M, V]`` is never made as a whole unless it is small: positions go through the head in chunks.
+        """
+        picked = self.picked(batch)
+        chunk = self.head_chunk(1 + len(others))
+        if len(picked) <= chunk:
+            return token_logprob(picked, self.head, batch.target, temperature, others, entropy_gradient)
+        parts = []
+        for start in range(0, len(picked), chunk):
+            here = slice(start, start + chunk)
+            near = [replace(other, hidden=other.hidden[here]) for other in others]
+            # Logits of a chunk are made again for its gradient, so that only one chunk's exist at a time.
+            parts.append(
+                checkpoint(
+                    token_logprob,
+                    picked[here],
+                    self.head,
+                    batch.target[here],
+                    temperature,
+                    near,
+                    entropy_gradient,
+                    use_reentrant=False,
+                )
+            )
+        return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
 
     def num_parameters(self, *, trainable: bool = False) -> int:
         """Number of weights, all or those that train."""

@@ -8,6 +8,8 @@ from typing import Any
 from mmpost.rewards.extract import last_boxed, text_of
 
 _ONE_ANSWER = re.compile(r"(?:(?!</?answer>).)*<answer>\s*(?!</?answer>)\S(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
+_INSIDE = r"\s*(?!</?(?:think|answer)>)\S(?:(?!</?(?:think|answer)>).)*"
+_THINK = re.compile(rf"\s*<think>{_INSIDE}</think>\s*<answer>{_INSIDE}</answer>\s*", re.DOTALL)
 
 
 def answer_tags(prompts: list[Any], completions: list[Any], **columns: list[Any]) -> list[float | None]:
@@ -18,3 +20,8 @@ def answer_tags(prompts: list[Any], completions: list[Any], **columns: list[Any]
 def boxed(prompts: list[Any], completions: list[Any], **columns: list[Any]) -> list[float | None]:
     r"""1 if the text holds a non-empty ``\boxed{...}``."""
     return [float(bool((last_boxed(text_of(completion)) or "").strip())) for completion in completions]
+
+
+def think_tags(prompts: list[Any], completions: list[Any], **columns: list[Any]) -> list[float | None]:
+    """1 if the text is one ``<think>...</think>`` and one ``<answer>...</answer>``, neither empty, and nothing else."""
+    return [float(_THINK.fullmatch(text_of(completion)) is not None) for completion in completions]

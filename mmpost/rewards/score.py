@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
-import math
-import threading
-import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from mmpost.config.schema import RewardSpec
@@ -17,23 +12,8 @@ from mmpost.core.errors import MmpostError
 from mmpost.core.rollout import Group
 from mmpost.core.sample import Sample
 from mmpost.rewards import REWARDS
-
-
-@dataclass(slots=True)
-class Reward:
-    """A reward function ready to run.
-
-    Attributes:
-        name: For logs.
-        function: In TRL's signature, sync or async.
-        spec: Weight, options, failure policy, time limit.
-        failures: Calls that failed under ``on_error=null``.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    spec: RewardSpec
-    failures: int = 0
+from mmpost.rewards.call import Call, Reward
+from mmpost.rewards.stats import RewardStats
 
 
 def resolve(specs: Sequence[RewardSpec | Callable[..., Any]]) -> list[Reward]:
@@ -83,8 +63,13 @@ def check_columns(rewards: Sequence[Reward], samples: Sequence[Sample]) -> None:
                 )
 
 
-def score(groups: Sequence[Group], rewards: Sequence[Reward]) -> None:
+def score(groups: Sequence[Group], rewards: Sequence[Reward]) -> dict[str, RewardStats]:
     """Fill ``score_parts`` and ``score`` of every rollout.
+
+    Async functions run beside each other and beside the rest, which run one after the other.
+
+    Returns:
+        Counts by reward name for this call, also kept as ``Reward.stats``.
 
     Raises:
         MmpostError: MMP-R120 when a function raises, MMP-R121 when it returns the wrong number of scores or something
@@ -92,17 +77,18 @@ def score(groups: Sequence[Group], rewards: Sequence[Reward]) -> None:
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     if not rollouts:
-        return
+        return {reward.name: RewardStats() for reward in rewards}
     columns = _columns(groups)
-    parts: list[dict[str, float | None]] = [{} for _ in rollouts]
-    for reward in rewards:
-        for part, value in zip(parts, _run(reward, columns, groups), strict=True):
-            part[reward.name] = value
+    beside = {reward.name: Call(reward, columns) for reward in rewards if reward.is_async}
+    by_name = {reward.name: Call(reward, columns).scores() for reward in rewards if not reward.is_async}
+    by_name |= {name: call.scores() for name, call in beside.items()}
     weights = {reward.name: reward.spec.weight for reward in rewards}
-    for rollout, part in zip(rollouts, parts, strict=True):
+    for index, rollout in enumerate(rollouts):
+        part = {name: by_name[name][index] for name in weights}
         known = [weights[name] * value for name, value in part.items() if value is not None]
         rollout.score_parts = part
         rollout.score = sum(known) if known else None
+    return {reward.name: reward.stats for reward in rewards}
 
 
 def _columns(groups: Sequence[Group]) -> dict[str, list[Any]]:
@@ -131,88 +117,4 @@ def messages(sample: Sample) -> list[dict[str, Any]]:
         else:
             parts = [{"type": "text", "text": p.text} if p.kind == "text" else {"type": p.kind} for p in turn.parts]
             out.append({"role": turn.role, "content": parts})
-    return out
-
-
-def _run(reward: Reward, columns: dict[str, list[Any]], groups: Sequence[Group]) -> list[float | None]:
-    count = len(columns["completions"])
-    try:
-        return _validated(reward, _call(reward, columns), count)
-    except MmpostError:
-        if reward.spec.on_error == "raise":
-            raise
-        reward.failures += 1
-        return [None] * count
-
-
-def _call(reward: Reward, columns: dict[str, list[Any]]) -> Any:
-    """Call in a thread, so that the time limit holds; the thread is left behind when it is exceeded."""
-    box: dict[str, Any] = {}
-
-    def work() -> None:
-        try:
-            value = reward.function(**{**columns, **reward.spec.args})
-            box["value"] = asyncio.run(value) if inspect.iscoroutine(value) else value
-        except BaseException as error:  # user code may raise anything, sys.exit included; reported with its own words
-            box["error"] = error
-
-    thread = threading.Thread(target=work, daemon=True, name=f"reward-{reward.name}")
-    thread.start()
-    thread.join(reward.spec.timeout)
-    if thread.is_alive():
-        raise MmpostError(
-            "MMP-R122",
-            f"reward '{reward.name}' took longer than {reward.spec.timeout:g} s.",
-            "Make it faster or raise rewards.timeout.",
-        )
-    if "error" in box:
-        error = box["error"]
-        where = _user_line(error, reward.function)
-        raise MmpostError(
-            "MMP-R120",
-            f"reward '{reward.name}' raised {type(error).__name__}: {error}{where}.",
-            "Correct the function, or set rewards.on_error=null to leave its score out.",
-        ) from error
-    return box["value"]
-
-
-def _user_line(error: BaseException, function: Callable[..., Any]) -> str:
-    """Where in the function's own file it went wrong, as `` (file:line)``; empty when the call itself was refused."""
-    called = inspect.unwrap(function)
-    code = getattr(called, "__code__", None) or getattr(type(called).__call__, "__code__", None)
-    lines = [
-        f" ({frame.filename}:{frame.lineno})"
-        for frame in traceback.extract_tb(error.__traceback__)
-        if code is not None and frame.filename == code.co_filename
-    ]
-    return lines[-1] if lines else ""
-
-
-def _validated(reward: Reward, values: Any, count: int) -> list[float | None]:
-    try:
-        scores = list(values)
-    except TypeError:
-        scores = [values]
-    if len(scores) != count or not hasattr(values, "__iter__"):
-        got = f"{len(scores)} scores" if hasattr(values, "__iter__") else type(values).__name__
-        raise MmpostError(
-            "MMP-R121",
-            f"reward '{reward.name}' returned {got} for {count} completions.",
-            "Return one number or None per completion.",
-        )
-    out: list[float | None] = []
-    for index, value in enumerate(scores):
-        try:
-            number = None if value is None else float(value)
-        except (TypeError, ValueError):
-            number = math.inf
-        if number is not None and math.isinf(number):
-            raise MmpostError(
-                "MMP-R121",
-                f"reward '{reward.name}' returned {value!r} for completion {index + 1}; "
-                "expected a finite number or None.",
-                "Return one number or None per completion.",
-            )
-        # NaN is TRL's way to say that a reward does not apply.
-        out.append(None if number is None or math.isnan(number) else number)
     return out

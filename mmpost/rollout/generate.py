@@ -6,20 +6,20 @@ completions depend neither on batch composition, nor on the number of processes,
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from mmpost.core import seeding
 from mmpost.core.batch import Encoded
 from mmpost.core.protocols import Adapter
 from mmpost.core.rollout import Rollout
-from mmpost.models.policy import Policy, upcast
+from mmpost.models.policy import Policy
+from mmpost.rollout.decode import open_decoder
 
 # Rows that have ended leave the batch once they are this share of it; below, copying the cache costs more.
 COMPACT_SHARE = 0.25
@@ -51,79 +51,111 @@ def complete(
     n: int,
     sampling: Sampling,
     batch_size: int,
+    first_generation: Sequence[int] | int = 0,
 ) -> list[list[Rollout]]:
     """Sample ``n`` completions of each prompt.
 
     Args:
         policy: The model; it is run in evaluation mode without gradient.
-        adapter: Pads prompts and decodes completions.
+        adapter: Packs prompts and decodes completions.
         prompts: Encoded prompts, distinct or not.
         uids: Number of each prompt in the run; keys the random draws.
         n: Completions per prompt.
         sampling: Length, temperature, nucleus, seed.
         batch_size: Completions decoded together.
+        first_generation: Number of each prompt's first completion, when it has been completed before.
 
     Returns:
         Rollouts per prompt in generation order. ``logp`` is that of the sampled token under the policy at the
         sampling temperature, before the nucleus cut and before media tokens are ruled out.
     """
-    per_batch = max(1, batch_size // n)
+    first = np.broadcast_to(np.asarray(first_generation, dtype=np.int64), len(prompts))
+    keys = np.repeat(np.asarray(uids, dtype=np.int64), n), (first[:, None] + np.arange(n)).ravel()
     was_training = policy.training
     policy.eval()
-    done: list[list[Rollout]] = []
     try:
         with torch.no_grad():
-            for start in range(0, len(prompts), per_batch):
-                part = slice(start, start + per_batch)
-                done.extend(_complete_batch(policy, adapter, prompts[part], uids[part], n, sampling))
+            rows = _Rows(adapter, keys, sampling, policy.device)
+            _decode(policy, adapter, prompts, n, rows, max(1, batch_size // n))
     finally:
         policy.train(was_training)
-    return done
+    done = rows.rollouts()
+    return [done[i : i + n] for i in range(0, len(done), n)]
 
 
-def _complete_batch(
-    policy: Policy, adapter: Adapter, prompts: Sequence[Encoded], uids: Sequence[int], n: int, sampling: Sampling
-) -> list[list[Rollout]]:
-    decoder = _Decoder(policy, adapter, prompts, n)
-    rows = len(prompts) * n
-    keys = np.repeat(np.asarray(uids, dtype=np.int64), n), np.tile(np.arange(n), len(prompts))
-    tokens = torch.zeros(rows, sampling.max_new_tokens, dtype=torch.long)
-    logps = torch.zeros(rows, sampling.max_new_tokens)
-    lengths = torch.zeros(rows, dtype=torch.long)
-    ended = torch.zeros(rows, dtype=torch.bool)
-    stop = torch.tensor(adapter.stop_token_ids)
-    media = torch.tensor(adapter.media_token_ids, device=policy.device)
-    for t in range(sampling.max_new_tokens):
-        live = decoder.rows
-        chosen, logp = _sample(decoder.logits(), media, sampling, keys[0][live], keys[1][live], t)
-        chosen, logp = chosen.cpu(), logp.float().cpu()
-        index = torch.from_numpy(live)
-        fresh = ~ended[index]
-        tokens[index[fresh], t] = chosen[fresh]
-        logps[index[fresh], t] = logp[fresh]
-        lengths[index[fresh]] += 1
-        ended[index] |= torch.isin(chosen, stop)
-        if ended.all() or t + 1 == sampling.max_new_tokens:
-            break
-        open_rows = (~ended[index]).numpy()
-        if (~open_rows).mean() > COMPACT_SHARE:
-            decoder.keep(open_rows)
-            chosen = chosen[torch.from_numpy(open_rows)]
-        decoder.advance(chosen.to(policy.device))
-    rollouts = [
-        Rollout(
-            tokens[i, : lengths[i]].numpy(),
-            logps[i, : lengths[i]].numpy(),
-            adapter.decode(tokens[i, : lengths[i]].tolist()),
-            truncated=not bool(ended[i]),
-        )
-        for i in range(rows)
-    ]
-    return [rollouts[i : i + n] for i in range(0, rows, n)]
+def _decode(
+    policy: Policy, adapter: Adapter, prompts: Sequence[Encoded], n: int, rows: _Rows, room: int
+) -> None:
+    """Run all prompts, ``room`` of them at a time; a prompt enters when the rows of others have ended."""
+    waiting = deque(range(len(prompts)))
+    live = np.empty(0, dtype=np.int64)
+    while waiting or len(live):
+        if not len(live):
+            decoder = open_decoder(policy, adapter)
+        free = room - -(-len(live) // n)
+        if waiting and free and (decoder.refills or not len(live)):
+            entering = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+            logits = decoder.admit([prompts[i] for i in entering], n)
+            fresh = (np.asarray(entering)[:, None] * n + np.arange(n)).ravel()
+            rows.draw(fresh, logits)
+            live = np.concatenate([live, fresh])
+        else:
+            rows.draw(live, decoder.advance(rows.last(live)))
+        ended = rows.ended[live]
+        if ended.all():
+            live = live[:0]
+        elif ended.mean() > COMPACT_SHARE:
+            decoder.keep(torch.from_numpy((~ended).nonzero()[0]))
+            live = live[~ended]
+
+
+class _Rows:
+    """What has been drawn for every completion of a call."""
+
+    def __init__(
+        self, adapter: Adapter, keys: tuple[np.ndarray, np.ndarray], sampling: Sampling, device: torch.device
+    ) -> None:
+        self.adapter, self.keys, self.sampling, self.device = adapter, keys, sampling, device
+        count = len(keys[0])
+        self.tokens = np.zeros((count, sampling.max_new_tokens), dtype=np.int64)
+        self.logps = np.zeros((count, sampling.max_new_tokens), dtype=np.float32)
+        self.lengths = np.zeros(count, dtype=np.int64)
+        self.stopped = np.zeros(count, dtype=bool)
+        self.ended = np.zeros(count, dtype=bool)
+        self.media = torch.tensor(adapter.media_token_ids, device=device)
+
+    def draw(self, index: np.ndarray, logits: Tensor) -> None:
+        """One more token for the rows ``index``; those that have ended already get none."""
+        at = np.minimum(self.lengths[index], self.sampling.max_new_tokens - 1)
+        uids, generations = self.keys[0][index], self.keys[1][index]
+        chosen, logp = _sample(logits, self.media, self.sampling, uids, generations, at)
+        open_rows = ~self.ended[index]
+        fresh, place = index[open_rows], at[open_rows]
+        self.tokens[fresh, place] = chosen.cpu().numpy()[open_rows]
+        self.logps[fresh, place] = logp.float().cpu().numpy()[open_rows]
+        self.lengths[fresh] += 1
+        self.stopped[fresh] = np.isin(self.tokens[fresh, place], self.adapter.stop_token_ids)
+        self.ended[fresh] = self.stopped[fresh] | (self.lengths[fresh] == self.sampling.max_new_tokens)
+
+    def last(self, index: np.ndarray) -> Tensor:
+        """Newest token of each row."""
+        return torch.from_numpy(self.tokens[index, self.lengths[index] - 1]).to(self.device)
+
+    def rollouts(self) -> list[Rollout]:
+        """All completions in order."""
+        return [
+            Rollout(
+                self.tokens[i, :length],
+                self.logps[i, :length],
+                self.adapter.decode(self.tokens[i, :length].tolist()),
+                truncated=not bool(self.stopped[i]),
+            )
+            for i, length in enumerate(self.lengths)
+        ]
 
 
 def _sample(
-    logits: Tensor, media: Tensor, sampling: Sampling, uids: np.ndarray, generations: np.ndarray, t: int
+    logits: Tensor, media: Tensor, sampling: Sampling, uids: np.ndarray, generations: np.ndarray, t: np.ndarray | int
 ) -> tuple[Tensor, Tensor]:
     """One token per row by inverse CDF in float64, and its log-probability before any cut."""
     scaled = logits / (sampling.temperature or 1.0)
@@ -149,42 +181,3 @@ def _nucleus(probability: Tensor, top_p: float) -> Tensor:
     before = ordered.cumsum(-1) - ordered
     kept = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0.0)
     return torch.zeros_like(probability).scatter(-1, index, kept)
-
-
-class _Decoder:
-    """Cache, attention mask and positions of the completions under way."""
-
-    def __init__(self, policy: Policy, adapter: Adapter, prompts: Sequence[Encoded], n: int) -> None:
-        self.policy = policy
-        batch = adapter.collate(prompts, left=True).to(policy.device)
-        self.cache: Any = DynamicCache(config=policy.inner.config.get_text_config())
-        out = policy.hidden(batch.inputs, past_key_values=self.cache, use_cache=True)
-        # The one prefill of each prompt is fanned out to its n completions.
-        self.cache.batch_repeat_interleave(n)
-        self.state = out.last_hidden_state[:, -1].repeat_interleave(n, 0)
-        self.attend = batch.inputs["attention_mask"].repeat_interleave(n, 0)
-        positions = batch.inputs["position_ids"]
-        # All axes go on behind the largest position of the prompt.
-        self.next = (positions.amax(-1, keepdim=True) + 1).repeat_interleave(n, -2)
-        if positions.dim() == 3:
-            self.next = self.next.amax(0, keepdim=True).expand(3, -1, -1)
-        self.rows = np.arange(len(prompts) * n)
-
-    def logits(self) -> Tensor:
-        """``[rows, V]`` logits of the next token."""
-        return upcast(self.policy.head(self.state))
-
-    def advance(self, chosen: Tensor) -> None:
-        """Feed one token per row."""
-        self.attend = torch.cat([self.attend, self.attend.new_ones(len(chosen), 1)], 1)
-        inputs = {"input_ids": chosen[:, None], "attention_mask": self.attend, "position_ids": self.next}
-        out = self.policy.hidden(inputs, past_key_values=self.cache, use_cache=True)
-        self.state = out.last_hidden_state[:, -1]
-        self.next = self.next + 1
-
-    def keep(self, mask: np.ndarray) -> None:
-        """Drop rows that have ended."""
-        index = torch.from_numpy(mask.nonzero()[0]).to(self.policy.device)
-        self.cache.batch_select_indices(index)
-        self.attend, self.next = self.attend[index], self.next.index_select(-2, index)
-        self.rows = self.rows[mask]

@@ -1,16 +1,34 @@
-"""Devices and processes through accelerate; everything else asks this object."""
+"""Devices and processes; everything else asks this object.
+
+accelerate sets the processes up and wraps for DDP; ``shard`` spreads weights (FSDP2) and ``zero`` does so through
+DeepSpeed. The step is the same everywhere: local losses are sums over global counts, and the average that all of them
+take over processes is undone by the learner.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from mmpost.models.policy import Policy
+from mmpost.train import shard
+
+Strategy = Literal["auto", "ddp", "fsdp2", "zero2", "zero3"]
+# Bytes that AdamW adds to a trained float32 weight: gradient and two moments.
+TRAINED_BYTES = 12
+# "auto" spreads the weights when they, their gradients and moments would take more of a device than this.
+FULL_SHARE = 0.7
+# Others wait at most this long while the first process evaluates or saves.
+PATIENCE = timedelta(hours=2)
 
 
 class Processes:
@@ -21,27 +39,87 @@ class Processes:
         world: Number of processes.
         device: Device of this process.
         is_main: True on rank 0.
+        strategy: How the model is spread; ``auto`` becomes what it chose once a model is prepared.
     """
 
-    def __init__(self, *, bf16: bool | str = "auto", cpu: bool = False) -> None:
+    def __init__(self, *, bf16: bool | str = "auto", cpu: bool = False, strategy: Strategy = "auto") -> None:
         on_cpu = cpu or not torch.cuda.is_available()
         use_bf16 = (not on_cpu) if bf16 == "auto" else bool(bf16)
         # A rank whose rows hold no image does not touch the vision tower; DDP must not wait for its gradients.
-        handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+        handlers = [
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ]
         # Precision is ours: accelerate keeps its own for the whole program, so a second run could not choose another.
         self._accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
         self._bf16 = use_bf16
         self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
         self.is_main: bool = self._accelerator.is_main_process
+        self.strategy: Strategy = strategy
 
-    def prepare(self, module: Any) -> Any:
-        """Wrap a module for the processes."""
-        return self._accelerator.prepare_model(module)
+    # -- the model -----------------------------------------------------------------------------------------------
+
+    def prepare(self, policy: Policy, adapter: Any = None) -> Any:
+        """Wrap a policy for the processes.
+
+        Args:
+            policy: The policy; FSDP2 spreads its weights in place, so that optimisers must be made afterwards.
+            adapter: Makes the medium that a process without media runs; DDP needs none.
+        """
+        if self.strategy == "auto":
+            self.strategy = self._choose(policy)
+        if self.strategy != "fsdp2" or self.world == 1:
+            return self._accelerator.prepare_model(policy)
+        earlier: shard.InStep | None = getattr(policy, "_in_step", None)
+        if earlier is not None:
+            # A second run with the same model object.
+            return earlier
+        dummy = adapter.dummy_media() if adapter is not None else {}
+        return shard.shard(policy, dummy, self.max, device=self.device, world=self.world, bf16=self._bf16)
+
+    def prepare_training(
+        self, policy: Policy, adapter: Any, make: Callable[[list[Tensor]], torch.optim.Optimizer], *, clip: float
+    ) -> tuple[Any, torch.optim.Optimizer]:
+        """Wrap a policy and make its optimiser.
+
+        Args:
+            policy: The policy.
+            adapter: See ``prepare``.
+            make: An optimiser of the weights that train.
+            clip: Largest gradient norm; DeepSpeed clips by itself.
+        """
+        module = self.prepare(policy, adapter)
+        return module, make([weight for weight in policy.parameters() if weight.requires_grad])
+
+    def _choose(self, policy: Policy) -> Strategy:
+        """DDP while everything fits a device."""
+        if self.world == 1 or self.device.type != "cuda":
+            return "ddp"
+        weights = sum(weight.numel() * weight.element_size() for weight in policy.parameters())
+        need = weights + TRAINED_BYTES * policy.num_parameters(trainable=True)
+        room = torch.cuda.get_device_properties(self.device).total_memory
+        return "fsdp2" if self.max(int(need > FULL_SHARE * room)) else "ddp"
 
     def unwrap(self, module: Any) -> Any:
         """The module itself."""
+        if isinstance(module, shard.InStep):
+            return module.policy
         return self._accelerator.unwrap_model(module, keep_fp32_wrapper=False)
+
+    def whole(self, policy: Policy) -> contextlib.AbstractContextManager[None]:
+        """Inside, this process has all weights of ``policy`` and may run it at its own pace; all processes enter."""
+        return shard.whole(policy)
+
+    def full_weights(self, policy: Policy) -> dict[str, Tensor] | None:
+        """Weights to save, on the first process; None when they are not spread. Every process must call this."""
+        model = policy.model
+        if shard.is_sharded(policy):
+            # Of a PEFT model only what trains is saved.
+            return shard.full_weights(model, keep=self.is_main, trained_only=hasattr(model, "peft_config"))
+        return None
+
+    # -- the step ------------------------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor) -> None:
         """Backpropagate."""
@@ -53,13 +131,17 @@ class Processes:
 
     @contextlib.contextmanager
     def accumulate(self, module: Any, *, last: bool) -> Iterator[None]:
-        """Exchange gradients only in the last pass of a step."""
-        with contextlib.nullcontext() if last else self._accelerator.no_sync(module):
+        """Exchange gradients only in the last pass of a step; spread ones in each, because nobody holds them whole."""
+        ddp = isinstance(module, torch.nn.parallel.DistributedDataParallel)
+        with contextlib.nullcontext() if last or not ddp else module.no_sync():
             yield
 
     def clip(self, parameters: Sequence[Tensor], limit: float) -> float:
         """Scale gradients so that their norm is at most ``limit``; returns the norm before."""
-        return float(self._accelerator.clip_grad_norm_(parameters, limit))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    # -- between processes ---------------------------------------------------------------------------------------
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over processes, in float64."""

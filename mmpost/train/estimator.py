@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Aggregate = Literal["token", "seq_mean", "const", "seq_sum"]
+Aggregate = Literal["token", "seq_mean", "const", "seq_sum", "micro_token"]
 # Log-ratios beyond this are cut before exp, so that a stale row cannot overflow.
 MAX_LOG_RATIO = 20.0
 
@@ -34,7 +34,8 @@ class Terms:
         ratio: rho = pi / pi_ref.
         advantage: A.
         kl_shift: Subtracted from M * rho * A; the gradient coefficient of beta times the KL penalty.
-        objective: Value per position that the method's paper maximises, for the log only.
+        objective: Value per position that the method's paper maximises, penalty included, for the log only.
+        removed: Positions that each stabiliser sets to 0, counts in the order of the stabilisers.
     """
 
     stabiliser: Tensor
@@ -42,6 +43,7 @@ class Terms:
     advantage: Tensor
     kl_shift: Tensor | None = None
     objective: Tensor | None = None
+    removed: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +55,21 @@ class Counts:
         rows: R*, number of rows that count (rows with trained positions, and rows skipped because their advantage
             is zero).
         max_length: Longest completion allowed; only ``const`` uses it.
+        micro_batches: Forward passes of the step; only ``micro_token`` uses it.
     """
 
     positions: int
     rows: int
     max_length: int = 1
+    micro_batches: int = 1
 
 
 def aggregation_weight(name: Aggregate, row: Tensor, row_lengths: Tensor, counts: Counts) -> Tensor:
     """Share w of each position in the step's mean, ``[M]`` float64.
 
     Args:
-        name: ``token`` 1/N, ``seq_mean`` 1/(R* n_row), ``const`` 1/(R* max_length), ``seq_sum`` 1/R*.
+        name: ``token`` 1/N, ``seq_mean`` 1/(R* n_row), ``const`` 1/(R* max_length), ``seq_sum`` 1/R*;
+            ``micro_token`` 1/(M * micro-batches), the only one that depends on how the step is split.
         row: Row of each position, int64 ``[M]``.
         row_lengths: Trained positions of each row of this micro-batch, ``[rows]``.
         counts: Sizes of the whole step, so that splitting it changes nothing.
@@ -72,7 +77,12 @@ def aggregation_weight(name: Aggregate, row: Tensor, row_lengths: Tensor, counts
     rows = max(counts.rows, 1)
     if name == "seq_mean":
         return 1.0 / (rows * row_lengths.clamp(min=1)[row].double())
-    share = {"token": 1.0 / max(counts.positions, 1), "const": 1.0 / (rows * counts.max_length), "seq_sum": 1.0 / rows}
+    share = {
+        "token": 1.0 / max(counts.positions, 1),
+        "const": 1.0 / (rows * counts.max_length),
+        "seq_sum": 1.0 / rows,
+        "micro_token": 1.0 / (max(len(row), 1) * max(counts.micro_batches, 1)),
+    }
     return torch.full(row.shape, share[name], device=row.device, dtype=torch.float64)
 
 
@@ -104,22 +114,37 @@ def clip_mask(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tens
     return (~outside).to(ratio.dtype)
 
 
-def kl_coefficient(kind: Literal["k2", "k3", "rho_k3"], logp: Tensor, reference: Tensor, ratio: Tensor) -> Tensor:
+def kl_coefficient(kind: Literal["k2", "k3", "rho_k3"], logp: Tensor, other: Tensor, ratio: Tensor) -> Tensor:
     """Gradient coefficient g of the KL estimator, ``[M]``: the penalty's gradient is g times that of log pi.
 
-    Source: "Approximating KL divergence" estimators k2, k3. ``k2`` is log(pi/ref): on-policy exactly the gradient of
-    KL(pi || ref). ``rho_k3`` is its off-policy form. ``k3`` is 1 - ref/pi as in the GRPO paper; its expected gradient
-    is that of the other direction, KL(ref || pi).
+    Source: "Approximating KL divergence" estimators k2, k3. ``k2`` is log(pi/other): on-policy exactly the gradient of
+    KL(pi || other). ``rho_k3`` is its off-policy form. ``k3`` is 1 - other/pi as in the GRPO paper; its expected
+    gradient is that of the other direction, KL(other || pi). The coefficient of ``k1`` would be 1, whose expectation
+    is no gradient at all, so there is no k1.
+
+    Args:
+        kind: Estimator.
+        logp: Under the policy.
+        other: Under the other model.
+        ratio: pi / pi_old, whatever the objective divides by.
     """
-    log_pi_ref = log_ratio(logp, reference)
+    log_pi_other = log_ratio(logp, other)
     if kind == "k2":
-        return log_pi_ref
+        return log_pi_other
     if kind == "k3":
-        return 1 - (-log_pi_ref).exp()
-    return ratio * log_pi_ref
+        return 1 - (-log_pi_other).exp()
+    return ratio * log_pi_other
 
 
-def kl_value(logp: Tensor, reference: Tensor) -> Tensor:
-    """Non-negative estimate k3 of KL(pi || reference) per position, ``[M]``; for the log."""
-    difference = log_ratio(logp, reference)
+def kl_estimate(kind: Literal["k2", "k3", "rho_k3"], logp: Tensor, other: Tensor, ratio: Tensor) -> Tensor:
+    """Value of the estimator whose gradient ``kl_coefficient`` gives, ``[M]``; for the log."""
+    if kind == "k2":
+        return 0.5 * log_ratio(logp, other) ** 2
+    k3 = kl_value(logp, other)
+    return k3 if kind == "k3" else ratio * k3
+
+
+def kl_value(logp: Tensor, other: Tensor) -> Tensor:
+    """Non-negative estimate k3 of KL(pi || other) per position, ``[M]``; for the log."""
+    difference = log_ratio(logp, other)
     return (-difference).exp() - 1 + difference

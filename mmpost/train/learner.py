@@ -1,27 +1,51 @@
 """One optimiser step: micro-batches through the policy, coefficients, gradients, update.
 
-Knows neither a modality nor a method: it gets rows with advantages and a ``Parts`` value.
+Knows neither a modality nor a method: it gets rows with advantages and a ``Method`` that says what to do with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mmpost.adapters.layout import pack, pad
+from mmpost.core.batch import Batch
 from mmpost.core.protocols import Adapter
-from mmpost.models.policy import Policy
+from mmpost.models.policy import Other, Policy
 from mmpost.train import estimator
 from mmpost.train.distributed import Processes
 from mmpost.train.estimator import Counts
-from mmpost.train.parts import Parts, Positions, terms
+from mmpost.train.method import Method
+from mmpost.train.parts import Parts, terms
+from mmpost.train.positions import Positions
 from mmpost.train.rows import Row, Update
+from mmpost.train.stabilisers import Survey
 
 # Sums over positions that every update reports; the order of the vector that is reduced over processes.
-SUMS = ("nll", "entropy", "objective", "surrogate", "kl", "removed", "gap", "positions")
+SUMS = ("nll", "entropy", "objective", "surrogate", "kl", "removed", "gap", "compared", "lost", "demo_nll", "demos")
+
+
+class View(Protocol):
+    """Another model, as far as terms over the whole vocabulary need it."""
+
+    def view(self, batch: Batch, kind: Literal["forward_kl", "reverse_kl"]) -> Other:
+        """What it says at each trained position of a batch."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What is known of a step before its first pass: by kind of row (True for demonstrations) sizes and surveys."""
+
+    counts: Mapping[bool, Counts]
+    facts: Mapping[bool, Mapping[str, Mapping[str, float]]]
+    progress: float
 
 
 class Learner:
@@ -29,7 +53,8 @@ class Learner:
 
     Attributes:
         policy: The module as prepared for the processes (DDP and the like).
-        parts: The method.
+        method: Parts of both kinds of rows, and terms over the whole vocabulary.
+        others: Models that those terms compare with.
     """
 
     def __init__(
@@ -38,34 +63,47 @@ class Learner:
         adapter: Adapter,
         optimizer: torch.optim.Optimizer,
         processes: Processes,
-        parts: Parts,
+        method: Method,
         *,
         micro_batch: int,
         temperature: float = 1.0,
         max_grad_norm: float = 1.0,
         max_length: int = 1,
+        others: Mapping[str, View] | None = None,
     ) -> None:
         self.policy, self.adapter, self.optimizer, self.processes = policy, adapter, optimizer, processes
-        self.parts, self.micro_batch, self.temperature = parts, micro_batch, temperature
-        self.max_grad_norm, self.max_length = max_grad_norm, max_length
+        self.method, self.micro_batch, self.temperature = method, micro_batch, temperature
+        self.max_grad_norm, self.max_length, self.others = max_grad_norm, max_length, dict(others or {})
+        self._soft = tuple(soft for soft in method.soft if soft.weight)
 
-    def update(self, work: Update, learning_rate: float) -> dict[str, float]:
+    @property
+    def penalises(self) -> bool:
+        """Whether the distance to another model is part of the loss and thus worth showing."""
+        return any(parts.kl.is_on for parts in self.method.parts)
+
+    def _parts(self) -> dict[bool, Parts]:
+        """Parts by kind of row: False for completions, True for demonstrations."""
+        both = {False: self.method.rollout, True: self.method.demo}
+        return {kind: parts for kind, parts in both.items() if parts is not None}
+
+    def update(self, work: Update, learning_rate: float, *, progress: float = 0.0) -> dict[str, float]:
         """Take one optimiser step.
 
         Args:
             work: This process's rows.
             learning_rate: Of this step.
+            progress: Share of the run that is done, in [0, 1].
 
         Returns:
-            Means over the step: the keys of ``SUMS`` per position (NaN when no position was run), and ``grad_norm``.
-            Nothing is updated when the gradient norm is not finite.
+            Means over the step: ``nll``, ``entropy``, ``kl``, ``removed`` (share that some stabiliser sets to 0) and
+            ``removed/NAME`` of each, ``lost`` (share without a finite log-probability of the engine), ``gap`` to it
+            and ``demo_nll``, per position they are about, NaN without any; ``objective`` and ``surrogate`` of the step;
+            ``positions`` and ``grad_norm``. Nothing is updated when the gradient norm is not finite.
         """
-        rows = work.rows
-        total = self.processes.sum([work.positions, work.row_count])
-        counts = Counts(int(total[0]), int(total[1]), self.max_length)
-        batches = [rows[i : i + self.micro_batch] for i in range(0, len(rows), self.micro_batch)]
+        batches = micro_batches(work.rows, self.micro_batch)
+        step = self._measure(work, batches, progress)
         steps = self.processes.max(len(batches))
-        sums = torch.zeros(len(SUMS), dtype=torch.float64)
+        sums = torch.zeros(len(SUMS) + len(self._names()) + 1, dtype=torch.float64)
         self.policy.train()
         self.optimizer.zero_grad(set_to_none=True)
         for index in range(steps):
@@ -73,72 +111,167 @@ class Learner:
             real = index < len(batches)
             batch = batches[index] if real else (batches or [[work.spare]])[0]
             with self.processes.accumulate(self.policy, last=index + 1 == steps):
-                sums += self._backward(batch, counts, active=real)
+                sums += self._backward(batch, step, active=real)
+        report = self._report(self.processes.sum(sums.tolist()))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._clip()
         if np.isfinite(norm):
             self.optimizer.step()
-        reduced = self.processes.sum(sums.tolist())
-        # Without any position (all advantages zero) there is no mean to report; 0 would read as a collapse.
-        seen = reduced[-1] or float("nan")
-        report = {name: value / seen for name, value in zip(SUMS, reduced, strict=True)}
-        # These two are sums of already weighted positions, not means.
-        report["objective"], report["surrogate"] = reduced[2], reduced[3]
-        return {**report, "positions": float(counts.positions), "grad_norm": norm}
+        positions = sum(counts.positions for counts in step.counts.values())
+        return {**report, "positions": float(positions), "grad_norm": norm}
 
-    def _backward(self, rows: Sequence[Row], counts: Counts, *, active: bool) -> Tensor:
-        batch = self.adapter.collate([row.encoded for row in rows]).to(self.processes.device)
+    def _measure(self, work: Update, batches: Sequence[Sequence[Row]], progress: float) -> _Step:
+        """Sizes of the whole step, and what stabilisers want to know of it."""
+        total = self.processes.sum(
+            [work.positions, work.row_count, work.demo_positions, work.demo_row_count, len(batches)]
+        )
+        sizes = [int(value) for value in total]
+        counts = {
+            False: Counts(sizes[0], sizes[1], self.max_length, sizes[4]),
+            True: Counts(sizes[2], sizes[3], self.max_length, sizes[4]),
+        }
+        facts: dict[bool, dict[str, dict[str, float]]] = {}
+        for kind, parts in self._parts().items():
+            if parts.surveyors:
+                survey = self._survey([row for row in work.rows if row.demo == kind])
+                facts[kind] = {type(part).__name__: part.survey(survey) for part in parts.surveyors}
+        return _Step(counts, facts, progress)
+
+    def _survey(self, rows: Sequence[Row]) -> Survey:
+        """Every position of the step over all processes, in one more pass without gradient."""
+        mine = [
+            (logp, entropy, np.full(len(logp), row.advantage))
+            for row, (logp, entropy) in zip(rows, self.measure(rows), strict=True)
+        ]
+        everywhere = [piece for pieces in self.processes.gather(mine) for piece in pieces] or [(np.empty(0),) * 3]
+        return Survey(*(np.concatenate(column).astype(np.float64) for column in zip(*everywhere, strict=True)))
+
+    def _names(self) -> list[str]:
+        """Stabilisers in the order in which their shares are summed."""
+        return [_name(part) for parts in self._parts().values() for part in parts.stabilise]
+
+    def _report(self, sums: Sequence[float]) -> dict[str, float]:
+        """Means from sums over all processes."""
+        positions, shares = sums[-1], sums[len(SUMS) : -1]
+        found = dict(zip(SUMS, sums, strict=False))
+        # Without any position (all advantages zero) there is no mean to report; 0 would read as a collapse.
+        nan = float("nan")
+        report = {name: found[name] / (positions or nan) for name in ("nll", "entropy", "kl", "removed", "lost")}
+        # These two are sums of already weighted positions, not means.
+        report |= {"objective": found["objective"], "surrogate": found["surrogate"]}
+        report["gap"] = found["gap"] / found["compared"] if found["compared"] else 0.0
+        report["demo_nll"] = found["demo_nll"] / (found["demos"] or nan)
+        names = self._names()
+        if len(names) > 1:
+            removed = zip(names, shares, strict=True)
+            report |= {f"removed/{name}": share / (positions or nan) for name, share in removed}
+        return report
+
+    def _backward(self, rows: Sequence[Row], step: _Step, *, active: bool) -> Tensor:
+        """Gradient of a micro-batch; returns its sums."""
+        batch = self._batch(rows)
+        compared = [soft for soft in self._soft if soft.kind != "entropy"]
+        others = [self._view(soft.to, soft.kind, batch) for soft in compared]
+        bonus = len(compared) < len(self._soft)
         with self.processes.autocast():
-            logp, entropy = self.policy(batch, self.temperature)
-        positions, lengths = self._positions(rows, logp, batch.row)
-        weight = estimator.aggregation_weight(self.parts.aggregate, batch.row, lengths, counts).to(logp.dtype)
-        said = terms(self.parts, positions)
-        kappa = estimator.coefficient(weight, said)
-        if not active:
-            kappa = torch.zeros_like(kappa)
+            logp, entropy, *distances = self.policy(batch, self.temperature, others, bonus)
+        every = self._positions(rows, logp, entropy, batch.row, step.progress)
+        demo = torch.tensor([row.demo for row in rows], device=logp.device)[batch.row]
+        kappa, weight, value = (torch.zeros_like(every.logp) for _ in range(3))
+        kl, removed = logp.new_zeros(()), logp.new_zeros(())
+        shares = [logp.new_zeros(()) for _ in self._names()]
+        first = 0
+        for kind, parts in self._parts().items():
+            mask = demo == kind
+            here = _with_facts(every.select(mask), step.facts.get(kind, {}))
+            share = estimator.aggregation_weight(parts.aggregate, here.row, here.lengths, step.counts[kind])
+            weight[mask] = share.to(logp.dtype) * (self.method.demo_weight if kind else 1.0)
+            said = terms(parts, here)
+            kappa[mask] = estimator.coefficient(weight[mask], said)
+            value[mask] = said.objective if said.objective is not None else here.logp
+            removed += (said.stabiliser == 0).sum()
+            for offset, count in enumerate(said.removed):
+                shares[first + offset] = shares[first + offset] + count
+            first += len(said.removed)
+            other = parts.kl.other(here)
+            if other is not None:
+                kl += estimator.kl_value(here.logp, other).sum()
         loss = estimator.surrogate(logp, kappa)
-        # DDP averages gradients over processes; the counts are global already, so the average is undone.
-        self.processes.backward(loss * self.processes.world)
+        objective = (weight * value).sum()
+        queue = iter(distances)
+        for soft in self._soft:
+            term = entropy if soft.kind == "entropy" else next(queue)
+            acts = weight if soft.rows == "all" else torch.where(demo == (soft.rows == "demo"), weight, 0.0)
+            total = soft.sign * soft.weight * (acts * term).sum()
+            loss, objective = loss + total, objective - total.detach()
+        # DDP averages gradients over processes; the counts are global already, so the average is undone. A pass that
+        # only keeps processes in step has a gradient of exactly 0.
+        self.processes.backward(loss * (self.processes.world if active else 0.0))
+        size = len(SUMS) + len(shares) + 1
         if not active:
-            return torch.zeros(len(SUMS), dtype=torch.float64)
-        detached = logp.detach()
-        objective = said.objective if said.objective is not None else detached
-        kl = estimator.kl_value(detached, positions.reference) if positions.reference is not None else None
+            return torch.zeros(size, dtype=torch.float64)
+        nll, is_demo = -every.logp, demo.to(logp.dtype)
+        gap = self._gap(every, ~demo)
         values = (
-            -detached.sum(),
-            entropy.sum(),
-            (weight * objective).sum() - (self.parts.beta * (weight * kl).sum() if kl is not None else 0.0),
-            loss.detach(),
-            kl.sum() if kl is not None else detached.new_zeros(()),
-            (said.stabiliser == 0).sum(),
-            self._gap(rows, detached),
-            torch.tensor(len(detached)),
+            *(nll.sum(), entropy.detach().sum(), objective, loss.detach(), kl, removed, *gap),
+            *((nll * is_demo).sum(), is_demo.sum(), *shares, torch.tensor(len(logp))),
         )
         return torch.stack([value.double().cpu() for value in values])
 
-    def _positions(self, rows: Sequence[Row], logp: Tensor, row: Tensor) -> tuple[Positions, Tensor]:
-        """Row facts spread over positions, and trained positions per row."""
-        detached = logp.detach()
-        device = detached.device
+    def _view(self, to: str, kind: Any, batch: Batch) -> Other:
+        with self.processes.autocast():
+            return self.others[to].view(batch, kind)
+
+    def _batch(self, rows: Sequence[Row]) -> Batch:
+        """Rows as one forward pass: packed with shared prompts where the model allows it."""
+        trajectories = [
+            (row.encoded, None if row.completion is None else torch.from_numpy(row.completion)) for row in rows
+        ]
+        packs = self.processes.unwrap(self.policy).packs
+        return (pack if packs else pad)(self.adapter, trajectories).to(self.processes.device)
+
+    def _positions(self, rows: Sequence[Row], logp: Tensor, entropy: Tensor, row: Tensor, progress: float) -> Positions:
+        """Row facts spread over positions. A row that lacks one (a demonstration) counts as equal to the policy."""
+        logp, entropy = logp.detach(), entropy.detach()
         lengths = torch.bincount(row, minlength=len(rows))
-        advantage = torch.tensor([r.advantage for r in rows], dtype=detached.dtype, device=device)[row]
+        advantage = torch.tensor([r.advantage for r in rows], dtype=logp.dtype, device=logp.device)[row]
+        penalised = torch.tensor([r.penalised for r in rows], device=logp.device)[row]
 
-        def spread(name: str) -> Tensor | None:
-            parts = [getattr(r, name) for r in rows]
-            if any(part is None for part in parts):
+        def spread(get: Callable[[Row], np.ndarray | None]) -> Tensor | None:
+            given = [get(r) for r in rows]
+            if all(values is None for values in given):
                 return None
-            return torch.from_numpy(np.concatenate(parts)).to(device, detached.dtype)
+            sizes = lengths.tolist()
+            filled = [np.zeros(n) if values is None else values for values, n in zip(given, sizes, strict=True)]
+            missing = torch.tensor([values is None for values in given], device=logp.device)[row]
+            return torch.where(missing, logp, torch.from_numpy(np.concatenate(filled)).to(logp))
 
-        old = spread("old")
-        return Positions(detached, detached if old is None else old, advantage, spread("reference")), lengths
+        old = spread(lambda r: r.old)
+        if old is not None:
+            # What an engine sampled for an earlier step may lack a number here and there.
+            old = torch.where(old.isfinite(), old, logp)
+        return Positions(
+            logp,
+            logp if old is None else old,
+            advantage,
+            row,
+            lengths,
+            reference=spread(lambda r: r.reference),
+            teacher=spread(lambda r: r.teacher),
+            engine=spread(lambda r: r.engine),
+            entropy=entropy,
+            penalised=penalised,
+            progress=progress,
+        )
 
-    def _gap(self, rows: Sequence[Row], logp: Tensor) -> Tensor:
-        """Sum of |log-probability here - log-probability that the engine reported|."""
-        if any(row.engine is None for row in rows):
-            return logp.new_zeros(())
-        engine = torch.from_numpy(np.concatenate([row.engine for row in rows if row.engine is not None]))
-        return (logp - engine.to(logp)).abs().sum()
+    def _gap(self, p: Positions, sampled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum of |log-probability here - the engine's|, positions that have both, positions that the engine lost."""
+        if p.engine is None:
+            return p.logp.new_zeros(()), p.logp.new_zeros(()), p.logp.new_zeros(())
+        finite = p.engine.isfinite()
+        gap = torch.where(finite & sampled, (p.logp - p.engine).abs(), 0.0)
+        return gap.sum(), (finite & sampled).sum(), (~finite).sum()
 
     def log_probs(self, rows: Sequence[Row], *, module: Policy | None = None) -> list[np.ndarray]:
         """Log-probabilities of each row's trained positions without gradient, float32 ``[n]`` each.
@@ -147,17 +280,20 @@ class Learner:
             rows: Rows of this process.
             module: Another policy, for example the reference; default the one that trains.
         """
+        return [logp for logp, _ in self.measure(rows, module=module)]
+
+    def measure(self, rows: Sequence[Row], *, module: Policy | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The same with the entropy of the distribution at each position."""
         policy = module if module is not None else self.processes.unwrap(self.policy)
         was_training = policy.training
         policy.eval()
-        out: list[np.ndarray] = []
-        with torch.no_grad(), self.processes.autocast():
-            for start in range(0, len(rows), self.micro_batch):
-                part = rows[start : start + self.micro_batch]
-                batch = self.adapter.collate([row.encoded for row in part]).to(self.processes.device)
-                logp, _ = policy(batch, self.temperature)
+        out: list[tuple[np.ndarray, np.ndarray]] = []
+        with torch.no_grad(), self.processes.whole(policy), self.processes.autocast():
+            for part in micro_batches(rows, self.micro_batch):
+                batch = self._batch(part)
                 sizes = torch.bincount(batch.row, minlength=len(part)).tolist()
-                out.extend(piece.float().cpu().numpy() for piece in logp.split(sizes))
+                found = [value.float().cpu().split(sizes) for value in policy(batch, self.temperature)]
+                out.extend((logp.numpy(), entropy.numpy()) for logp, entropy in zip(*found, strict=True))
         policy.train(was_training)
         return out
 
@@ -168,3 +304,29 @@ class Learner:
                 # A step without any gradient still moves the optimiser's averages, as it would with zero rows.
                 parameter.grad = torch.zeros_like(parameter)
         return self.processes.clip(parameters, self.max_grad_norm or float("inf"))
+
+
+def _with_facts(p: Positions, facts: Mapping[str, Mapping[str, float]]) -> Positions:
+    return replace(p, facts=facts)
+
+
+def _name(part: Any) -> str:
+    """Of a stabiliser: its class, or its own name where it is a function."""
+    return str(getattr(part, "__name__", type(part).__name__)).lower()
+
+
+def micro_batches(rows: Sequence[Row], limit: int) -> list[list[Row]]:
+    """Rows in order, at most ``limit`` together; rows of one prompt are parted only when they exceed the limit.
+
+    Each part of a parted group carries the prompt again, which is exact and only slower.
+    """
+    out: list[list[Row]] = []
+    for _, found in itertools.groupby(rows, key=lambda row: id(row.encoded)):
+        group = list(found)
+        for start in range(0, len(group), limit):
+            piece = group[start : start + limit]
+            if out and len(out[-1]) + len(piece) <= limit:
+                out[-1].extend(piece)
+            else:
+                out.append(piece)
+    return out

@@ -14,12 +14,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 from mmpost.config.schema import TrainSection
 from mmpost.core.errors import MmpostError
 from mmpost.models.load import LoadedModel
 from mmpost.runs.folder import RunFolder
 from mmpost.runs.live import Progress
 from mmpost.train import checkpoint
+from mmpost.train.diagnose import Diagnosis
 from mmpost.train.distributed import Processes
 from mmpost.train.learner import Learner
 from mmpost.train.rows import Update
@@ -41,6 +44,7 @@ class State:
     seconds: float = 0.0
     nonfinite: int = 0
     window: dict[str, list[float]] = field(default_factory=dict)
+    diagnosis: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Fields by name."""
@@ -89,6 +93,8 @@ class Loop:
         self.train, self.total, self.folder, self.progress = train, total_steps, folder, progress
         self.output, self.likelihood, self.evaluate, self.eval_steps = output, likelihood, evaluate, eval_steps
         self.state = State()
+        half = _runs_in_half(model, processes)
+        self.diagnosis = Diagnosis(self.state.diagnosis, half=half, max_grad_norm=train.max_grad_norm)
         self._stop = False
         self._dropped = 0
         self._saved: int | None = None
@@ -96,9 +102,10 @@ class Loop:
     def resume(self, place: Path) -> None:
         """Go on from a checkpoint."""
         saved = checkpoint.restore(place, self.learner.optimizer, self.processes)
-        self.source.stream.load_state_dict(saved.pop("stream"))
+        self.source.load_state_dict(saved.pop("source"))
         offsets = saved.pop("offsets")
         self.state = State(**saved)
+        self.diagnosis.memory = self.state.diagnosis
         if self.folder is not None:
             self.folder.truncate(offsets, self.state.step)
             self.folder.event("resume", f"continued from {place.name}")
@@ -124,8 +131,8 @@ class Loop:
         """All updates of one rollout batch; checkpoints stand between batches only."""
         first = self.state.step
         clock = time.perf_counter()
-        for update in self.source.updates():
-            self._step(update, clock)
+        for number, update in enumerate(self.source.updates()):
+            self._step(update, clock, is_first=number == 0)
             clock = time.perf_counter()
             if self.state.step >= self.total:
                 break
@@ -138,18 +145,19 @@ class Loop:
         if _due(first, last, self.train.save_steps):
             self.save()
 
-    def _step(self, update: Update, started: float) -> None:
+    def _step(self, update: Update, started: float, *, is_first: bool) -> None:
         collected = time.perf_counter()
         state = self.state
         rate = learning_rate(self.train, state.step, self.total)
-        metrics = self.learner.update(update, rate)
+        metrics = self.learner.update(update, rate, progress=state.step / max(self.total - 1, 1))
         done = time.perf_counter()
         state.step += 1
         state.positions += int(metrics["positions"])
         state.seconds += done - started
         self._watch(metrics["grad_norm"])
         phases = {"data": collected - started, **update.metrics.pop("phase_s", {}), "train": done - collected}
-        self._collect_window(metrics, update.metrics, phases)
+        seen = self._collect_window(metrics, update.metrics, phases)
+        self._diagnose(seen, is_first=is_first)
         self._note_dropped()
         if state.step % self.train.logging_steps == 0 or state.step in (1, self.total):
             self._log(rate)
@@ -169,20 +177,35 @@ class Loop:
                 "Lower train.learning_rate, or continue from the last checkpoint with train.bf16=false.",
             )
 
-    def _collect_window(self, metrics: dict[str, float], known: dict[str, Any], phases: dict[str, float]) -> None:
+    def _collect_window(
+        self, metrics: dict[str, float], known: dict[str, Any], phases: dict[str, float]
+    ) -> dict[str, float]:
+        """Add the step to the means of the next log line; returns its numbers by flat name."""
         if self.likelihood:
             values: dict[str, Any] = {"loss": metrics["nll"]}
         else:
             values = {"loss": -metrics["objective"], "surrogate": metrics["surrogate"]}
             values |= {"clip_share": metrics["removed"], "logp_gap": metrics["gap"]}
-            if self.learner.parts.beta:
+            if self.learner.penalises:
                 values["kl"] = metrics["kl"]
         values |= {"entropy": metrics["entropy"], "grad_norm": metrics["grad_norm"], **known, "phase_s": phases}
-        for name, value in _flat(values):
-            if value is not None and not math.isnan(value):
-                entry = self.state.window.setdefault(name, [0.0, 0.0])
-                entry[0] += value
-                entry[1] += 1
+        seen = {name: value for name, value in _flat(values) if value is not None and not math.isnan(value)}
+        for name, value in seen.items():
+            entry = self.state.window.setdefault(name, [0.0, 0.0])
+            entry[0] += value
+            entry[1] += 1
+        return seen
+
+    def _diagnose(self, seen: dict[str, float], *, is_first: bool) -> None:
+        """Say in words what the numbers of the steps so far mean."""
+        if self.likelihood:
+            # The entropy of demonstrations is meant to fall; only the gradient can be judged.
+            seen = {"grad_norm": seen["grad_norm"]} if "grad_norm" in seen else {}
+        elif not is_first:
+            # The policy has moved since the rollout, so that its distance from the engine is no fault.
+            seen = {name: value for name, value in seen.items() if name != "logp_gap"}
+        for finding in self.diagnosis.feed(seen):
+            self._event("diagnosis", str(finding))
 
     def _log(self, rate: float) -> None:
         means = {name: total / count for name, (total, count) in self.state.window.items()}
@@ -213,7 +236,7 @@ class Loop:
 
     def _event(self, kind: str, text: str) -> None:
         if self.folder is not None:
-            self.folder.event(kind, text)
+            self.folder.event(kind, text, step=self.state.step)
         if self.progress is not None:
             self.progress.event(text)
 
@@ -232,7 +255,7 @@ class Loop:
             return
         place = self.output / "checkpoints" / f"step-{self.state.step:06d}"
         offsets = self.folder.offsets() if self.folder is not None else {}
-        state = {**self.state.as_json(), "stream": self.source.stream.state_dict(), "offsets": offsets}
+        state = {**self.state.as_json(), "source": self.source.state_dict(), "offsets": offsets}
         checkpoint.save(place, self.model, self.learner.optimizer, state, self.processes)
         if self.processes.is_main:
             checkpoint.prune(place.parent, self.train.save_total_limit)
@@ -255,6 +278,14 @@ class Loop:
         except ValueError:
             # Not the main thread (a notebook's worker, the studio): signals stay with their owner.
             return {}
+
+
+def _runs_in_half(model: LoadedModel, processes: Processes) -> bool:
+    """Whether forward passes run in 16 bits, by autocast or by the weights."""
+    with processes.autocast():
+        if torch.is_autocast_enabled(processes.device.type):
+            return True
+    return any(weight.dtype in (torch.bfloat16, torch.float16) for weight in model.policy.parameters())
 
 
 def _due(before: int, after: int, every: int) -> bool:

@@ -1,109 +1,120 @@
-"""The four pluggable parts of the estimator, and how a choice of parts becomes its terms.
+"""The pluggable parts of the estimator, and how a choice of parts becomes its terms.
 
-A method is a ``Parts`` value: which aggregation, which denominator, which stabilisers, which advantage. The loop never
-asks which method runs.
+Each part is a callable, so that a new objective needs no registration: write a function and name it in ``Parts``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mmpost.config.schema import LossSection
 from mmpost.train import estimator
+from mmpost.train.denominators import OWN
 from mmpost.train.estimator import Aggregate, Terms
+from mmpost.train.mismatch import Mismatch
+from mmpost.train.positions import Positions
+from mmpost.train.stabilisers import Stabiliser, Surveyor, Valued
 
 
 @dataclass(frozen=True, slots=True)
-class Positions:
-    """What is known of each trained position of a micro-batch when its coefficient is made; all ``[M]``, detached.
+class Kl:
+    """A penalty for leaving another model.
 
     Attributes:
-        logp: Under the policy.
-        old: Under the policy that is held fixed while a rollout batch is used; equal to ``logp`` on-policy.
-        advantage: Of the position's row.
-        reference: Under the reference model, or None when there is no penalty.
+        estimator: ``k2``, ``k3`` or ``rho_k3`` shift the coefficient (``estimator.kl_coefficient``); ``k1_reward``
+            takes beta * sum of log(old / other) over the row off its advantage, as in RLHF.
+        beta: Weight at the start of the run; 0 for no penalty.
+        final_beta: Weight at the end, reached on a straight line; None for ``beta``.
+        to: The starting weights or the teacher.
+        rows: From a completion's score to whether its row is penalised; None for all rows.
+        engine_weight: Whether the weight for the engine's mismatch acts on the penalty, too.
     """
 
-    logp: Tensor
-    old: Tensor
-    advantage: Tensor
-    reference: Tensor | None = None
+    estimator: Literal["k2", "k3", "rho_k3", "k1_reward"] = "k2"
+    beta: float = 0.0
+    final_beta: float | None = None
+    to: Literal["reference", "teacher"] = "reference"
+    rows: Callable[[float | None], bool] | None = None
+    engine_weight: bool = True
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it ever acts."""
+        return bool(self.beta or self.final_beta)
+
+    def at(self, progress: float) -> float:
+        """Weight after a share of the run, in [0, 1]."""
+        return self.beta if self.final_beta is None else self.beta + progress * (self.final_beta - self.beta)
+
+    def other(self, p: Positions) -> Tensor | None:
+        """Log-probabilities under the other model, where they are known."""
+        return p.reference if self.to == "reference" else p.teacher
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """A method.
+    """What an objective says about each trained position.
 
     Attributes:
         aggregate: How positions are weighted in the step's mean.
-        denominator: Key of ``DENOMINATORS``.
-        stabilise: Keys of ``STABILISERS``; they multiply.
-        advantage: Key of ``advantages.ADVANTAGES``.
-        epsilon: Lower clip distance.
-        epsilon_high: Upper clip distance.
-        kl: Estimator of the penalty.
-        beta: Weight of the penalty.
+        denominator: From positions to rho = pi / pi_ref; ``denominators`` has the usual ones.
+        stabilise: From positions and rho to factors, which multiply; ``stabilisers`` has the usual ones.
+        kl: Penalty.
+        mismatch: Weights for the distance to the rollout engine.
     """
 
-    aggregate: Aggregate
-    denominator: str
-    advantage: str
-    stabilise: tuple[str, ...] = ()
-    epsilon: float = 0.2
-    epsilon_high: float = 0.2
-    kl: Literal["k2", "k3", "rho_k3"] = "k2"
-    beta: float = 0.0
+    aggregate: Aggregate = "token"
+    denominator: Callable[[Positions], Tensor] = OWN
+    stabilise: tuple[Stabiliser, ...] = ()
+    kl: Kl = Kl()
+    mismatch: Mismatch = field(default_factory=Mismatch)
 
-    def override(self, section: LossSection) -> Parts:
-        """The preset with the user's choices in it."""
-        chosen: dict[str, object] = {
-            name: getattr(section, name)
-            for name in ("aggregate", "denominator", "advantage", "epsilon")
-            if getattr(section, name) is not None
-        }
-        if section.stabilise is not None:
-            chosen["stabilise"] = tuple(section.stabilise)
-        high = section.epsilon_high if section.epsilon_high is not None else section.epsilon
-        if high is not None:
-            chosen["epsilon_high"] = high
-        return replace(self, kl=section.kl.kl, beta=section.kl.beta, **chosen)  # type: ignore[arg-type]
-
-
-def _self(p: Positions) -> Tensor:
-    return torch.ones_like(p.logp)
-
-
-def _old(p: Positions) -> Tensor:
-    return estimator.log_ratio(p.logp, p.old).exp()
-
-
-# rho = pi / pi_ref by the choice of pi_ref.
-DENOMINATORS: dict[str, Callable[[Positions], Tensor]] = {"self": _self, "old": _old}
-
-
-def _clip(p: Positions, ratio: Tensor, parts: Parts) -> Tensor:
-    return estimator.clip_mask(ratio, p.advantage, parts.epsilon, parts.epsilon_high)
-
-
-STABILISERS: dict[str, Callable[[Positions, Tensor, Parts], Tensor]] = {"clip": _clip}
+    @property
+    def surveyors(self) -> list[Surveyor]:
+        """Stabilisers that look at the whole step first."""
+        parts: tuple[object, ...] = self.stabilise
+        return [part for part in parts if isinstance(part, Surveyor)]
 
 
 def terms(parts: Parts, p: Positions) -> Terms:
-    """The method's terms at each position."""
-    ratio = DENOMINATORS[parts.denominator](p)
-    stabiliser = torch.ones_like(ratio)
-    for name in parts.stabilise:
-        stabiliser = stabiliser * STABILISERS[name](p, ratio, parts)
+    """The objective's terms at each position: engine weight, stabilisers in their order, ratio, advantage, penalty."""
+    p = parts.mismatch.applied(p)
+    beta, other = parts.kl.at(p.progress), parts.kl.other(p)
+    if beta and other is not None and parts.kl.estimator == "k1_reward":
+        p = replace(p, advantage=p.advantage - _only_penalised(p, beta * p.row_sum(estimator.log_ratio(p.old, other))))
+    ratio = parts.denominator(p)
+    weight = parts.mismatch.weight(p)
+    stabiliser = torch.ones_like(ratio) if weight is None else weight
+    value = ratio * p.advantage * (p.logp if getattr(parts.denominator, "is_weight", False) else 1.0)
+    removed = []
+    for part in parts.stabilise:
+        factor = part(p, ratio)
+        stabiliser = stabiliser * factor
+        removed.append((factor == 0).sum())
+        value = part.value(p, ratio, value) if isinstance(part, Valued) else factor * value
+    if weight is not None:
+        value = weight * value
     shift = None
-    if p.reference is not None and parts.beta:
-        shift = parts.beta * estimator.kl_coefficient(parts.kl, p.logp, p.reference, ratio)
-    objective = ratio * p.advantage
-    if "clip" in parts.stabilise:
-        clipped = ratio.clamp(1 - parts.epsilon, 1 + parts.epsilon_high)
-        objective = torch.minimum(objective, clipped * p.advantage)
-    return Terms(stabiliser, ratio, p.advantage, shift, objective)
+    if beta and other is not None and parts.kl.estimator != "k1_reward":
+        shift, penalty = _penalty(parts.kl, beta, p, other, weight)
+        value = value - penalty
+    return Terms(stabiliser, ratio, p.advantage, shift, value, tuple(removed))
+
+
+def _penalty(kl: Kl, beta: float, p: Positions, other: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradient coefficient and value of the penalty at each position."""
+    assert kl.estimator != "k1_reward"
+    ratio = estimator.log_ratio(p.logp, p.old).exp()
+    shift = beta * estimator.kl_coefficient(kl.estimator, p.logp, other, ratio)
+    value = beta * estimator.kl_estimate(kl.estimator, p.logp, other, ratio)
+    if weight is not None and kl.engine_weight:
+        shift, value = weight * shift, weight * value
+    return _only_penalised(p, shift), _only_penalised(p, value)
+
+
+def _only_penalised(p: Positions, values: Tensor) -> Tensor:
+    return values if p.penalised is None else torch.where(p.penalised, values, torch.zeros_like(values))

@@ -25,18 +25,32 @@ class Row:
     """One trajectory of an optimiser step.
 
     Attributes:
-        encoded: Prompt and answer.
+        encoded: Prompt and answer; with ``completion`` the prompt alone, the same object for all rows of a group.
         advantage: Credit of every trained position of the row.
+        completion: Token ids that follow the prompt, int64 ``[n]``; exactly these train. None when ``encoded`` says
+            itself what trains.
+        demo: True for a demonstration, False for a completion of the policy.
         old: Log-probabilities under the fixed policy, float32 ``[n]``; None when the step is on-policy.
         reference: Log-probabilities under the reference model, float32 ``[n]``.
-        engine: Log-probabilities that the rollout engine reported, float32 ``[n]``; for the log.
+        teacher: Log-probabilities under the teacher, float32 ``[n]``.
+        engine: Log-probabilities that the rollout engine reported, float32 ``[n]``; None for demonstrations.
+        penalised: False on a row that the KL penalty leaves alone.
     """
 
     encoded: Encoded
     advantage: float = 1.0
+    completion: np.ndarray | None = None
+    demo: bool = False
     old: np.ndarray | None = None
     reference: np.ndarray | None = None
+    teacher: np.ndarray | None = None
     engine: np.ndarray | None = None
+    penalised: bool = True
+
+    @property
+    def num_trained(self) -> int:
+        """Number of trained positions."""
+        return self.encoded.num_trained if self.completion is None else len(self.completion)
 
 
 @dataclass(slots=True)
@@ -45,9 +59,11 @@ class Update:
 
     Attributes:
         rows: Rows that go through the model.
-        positions: Trained positions for the step's mean, rows skipped for their zero advantage included.
-        row_count: Rows for the step's mean, likewise.
+        positions: Trained positions of completions for the step's mean, rows skipped for their zero advantage included.
+        row_count: Completions for the step's mean, likewise.
         spare: Any row, for passes that only keep processes in step.
+        demo_positions: Trained positions of demonstrations.
+        demo_row_count: Demonstrations with trained positions.
         metrics: What is known before the pass: rewards, lengths, shares. Means over all processes.
         samples: Records for people to look at.
     """
@@ -56,17 +72,27 @@ class Update:
     positions: int
     row_count: int
     spare: Row
+    demo_positions: int = 0
+    demo_row_count: int = 0
     metrics: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A row of the data with its number in the run."""
+    """A row of the data with its number in the run.
+
+    Attributes:
+        sample: The row, its answer included.
+        encoded: What the stream encodes of it: the whole row, or the prompt alone.
+        uid: Number of the draw in the run.
+        place: Source and row, from which the same sample can be had again.
+    """
 
     sample: Sample
     encoded: Encoded
     uid: int
+    place: tuple[int, int] = (0, 0)
 
 
 class EncodeCache:
@@ -205,8 +231,13 @@ class RowStream:
                     raise
                 self._leave_out((draw.source, draw.row), error)
                 continue
-            rows.append(Drawn(sample, encoded, first + offset))
+            rows.append(Drawn(sample, encoded, first + offset, (draw.source, draw.row)))
         return rows
+
+    def again(self, place: tuple[int, int], uid: int) -> Drawn:
+        """A row that was drawn before, for groups that a checkpoint keeps."""
+        sample = self.sources[place[0]][place[1]]
+        return Drawn(sample, self._encode(place, sample), uid, place)
 
     def _leave_out(self, place: tuple[int, int], error: MmpostError) -> None:
         """Remember a row that does not fit; it is named once, however often it is drawn."""

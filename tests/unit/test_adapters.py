@@ -186,7 +186,7 @@ def test_batches_pad_one_side_and_list_what_trains(tiny_model, mixed_rows, left)
             batch.inputs["position_ids"][..., i, :][..., attend[i] == 1].view_as(row.positions), row.positions
         )
         mine = batch.row == i
-        assert torch.equal(ids[i, batch.at[mine] + 1], row.ids[row.train])
+        assert torch.equal(ids.flatten()[batch.at[mine] + 1], row.ids[row.train])
         assert torch.equal(batch.target[mine], row.ids[row.train])
     assert (batch.row.diff() >= 0).all()
 

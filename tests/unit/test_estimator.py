@@ -6,15 +6,30 @@ import numpy as np
 import pytest
 import torch
 
-from mmpost.algos.grpo import GRPO
-from mmpost.algos.sft import SFT
+from mmpost.algos import grpo, sft
 from mmpost.config.schema import LossSection
 from mmpost.train import estimator
-from mmpost.train.advantages import of_group
+from mmpost.train.advantages import ADVANTAGES
+from mmpost.train.choose import choose
 from mmpost.train.estimator import Counts
-from mmpost.train.parts import Parts, Positions, terms
+from mmpost.train.method import Scored
+from mmpost.train.parts import Parts, terms
+from mmpost.train.positions import Positions
+
+SFT = sft.preset().demo
 
 VOCAB = 7
+
+
+def _grpo(**section):
+    """Parts of GRPO with some options."""
+    return choose("grpo", grpo.preset, LossSection(**section)).rollout
+
+
+def of_group(name, scores):
+    """Advantages of one group."""
+    group = Scored(0, "", tuple(scores), (1,) * len(scores), (False,) * len(scores))
+    return ADVANTAGES[name]()([group], {})[0]
 
 
 def _problem(seed: int, rows: int = 6):
@@ -39,7 +54,9 @@ def _logp(logits, target):
 def _ours(parts: Parts, problem, *, with_reference=False, max_length=9):
     logits, target, row, lengths, old, reference, advantage = problem
     logp = _logp(logits, target)
-    positions = Positions(logp.detach(), old, advantage[row], reference if with_reference else None)
+    positions = Positions(
+        logp.detach(), old, advantage[row], row, lengths, reference=reference if with_reference else None
+    )
     said = terms(parts, positions)
     counts = Counts(len(row), len(lengths), max_length)
     weight = estimator.aggregation_weight(parts.aggregate, row, lengths, counts)
@@ -76,7 +93,7 @@ def _published_grpo(problem, aggregate, eps_low, eps_high, beta=0.0, kl="k3", ma
 @pytest.mark.parametrize(("low", "high"), [(0.2, 0.2), (0.2, 0.28), (0.05, 0.05)])
 def test_grpo_gradient_equals_the_published_objective(seed, aggregate, low, high):
     problem = _problem(seed)
-    parts = GRPO.override(LossSection(aggregate=aggregate, epsilon=low, epsilon_high=high))
+    parts = _grpo(aggregate=aggregate, epsilon=low, epsilon_high=high)
     ours, weight, said = _ours(parts, problem)
     theirs, value = _published_grpo(problem, aggregate, low, high)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
@@ -87,7 +104,7 @@ def test_grpo_gradient_equals_the_published_objective(seed, aggregate, low, high
 @pytest.mark.parametrize("kl", ["k2", "k3"])
 def test_kl_penalty_gradient_equals_autograd_of_the_estimator(kl):
     problem = _problem(3)
-    parts = GRPO.override(LossSection(kl={"kl": kl, "beta": 0.3}))
+    parts = _grpo(kl={"kl": kl, "beta": 0.3})
     ours, _, _ = _ours(parts, problem, with_reference=True)
     theirs, _ = _published_grpo(problem, "seq_mean", 0.2, 0.2, beta=0.3, kl=kl)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
@@ -104,9 +121,9 @@ def test_sft_gradient_equals_cross_entropy():
 # p = .5 for the target and .25 for the two others; dL/dz is kappa * (p - onehot).
 GOLDEN = [
     (SFT, 0.5, 1.0, 1.0),
-    (GRPO, 0.4, 1.0, 0.0),  # ratio 1.25 is clipped for a positive advantage
-    (GRPO, 0.4, -1.0, -1.25),
-    (GRPO.override(LossSection(epsilon=0.2, epsilon_high=0.28)), 0.4, 1.0, 1.25),
+    (_grpo(), 0.4, 1.0, 0.0),  # ratio 1.25 is clipped for a positive advantage
+    (_grpo(), 0.4, -1.0, -1.25),
+    (_grpo(epsilon=0.2, epsilon_high=0.28), 0.4, 1.0, 1.25),
 ]
 
 
@@ -114,7 +131,8 @@ GOLDEN = [
 def test_one_token_by_hand(parts, old, advantage, kappa):
     logits = torch.tensor([[math.log(0.25), math.log(0.5), math.log(0.25)]], dtype=torch.float64, requires_grad=True)
     logp = logits.log_softmax(-1)[:, 1]
-    p = Positions(logp.detach(), torch.tensor([math.log(old)], dtype=torch.float64), torch.tensor([advantage]).double())
+    old = torch.tensor([math.log(old)], dtype=torch.float64)
+    p = Positions(logp.detach(), old, torch.tensor([advantage]).double(), torch.tensor([0]), torch.tensor([1]))
     got = estimator.coefficient(torch.ones(1), terms(parts, p))
     assert float(got) == pytest.approx(kappa, abs=1e-12)
     grad = torch.autograd.grad(estimator.surrogate(logp, got), logits)[0]
@@ -143,8 +161,8 @@ def test_a_removed_position_with_an_infinite_ratio_gives_zero_not_nan():
     said = estimator.Terms(torch.tensor([0.0, 1.0]), torch.tensor([float("inf"), 1.0]), torch.ones(2))
     kappa = estimator.coefficient(torch.ones(2), said)
     assert kappa.tolist() == [0.0, 1.0]
-    p = Positions(torch.tensor([0.0]), torch.tensor([-1e4]), torch.tensor([1.0]))
-    assert float(estimator.coefficient(torch.ones(1), terms(GRPO, p))) == 0.0
+    p = Positions(torch.tensor([0.0]), torch.tensor([-1e4]), torch.tensor([1.0]), torch.tensor([0]), torch.tensor([1]))
+    assert float(estimator.coefficient(torch.ones(1), terms(_grpo(), p))) == 0.0
     grad = torch.autograd.grad(estimator.surrogate(logp, kappa), logp)[0]
     assert torch.isfinite(grad).all()
 

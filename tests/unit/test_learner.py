@@ -7,21 +7,25 @@ import numpy as np
 import pytest
 import torch
 
-from mmpost.algos.grpo import GRPO
-from mmpost.algos.sft import SFT
+from mmpost.algos import grpo, sft
 from mmpost.config.schema import FullSettings, GrpoSection, KlSettings, LoraSettings, LossSection, RewardSpec
 from mmpost.core.rollout import Group, Rollout
-from mmpost.rewards.score import Reward
+from mmpost.rewards.call import Reward
+from mmpost.train.choose import choose
+from mmpost.train.completions import Completions
 from mmpost.train.distributed import Processes
+from mmpost.train.draw import Candidate
 from mmpost.train.learner import Learner
-from mmpost.train.rows import Row, RowStream, Update
-from mmpost.train.sources import Completions
+from mmpost.train.parts import Kl
+from mmpost.train.rows import Drawn, Row, RowStream, Update
+
+GRPO, SFT = grpo.preset(), sft.preset()
 
 # For what has nothing to do with the family.
 one_family = pytest.mark.parametrize("family", ["qwen2.5-vl"])
 
 
-def _learner(model, parts, *, micro_batch=2, temperature=1.0, max_length=1):
+def _learner(model, method, *, micro_batch=2, temperature=1.0, max_length=1):
     """Plain settings: gradients stay in ``.grad`` as they were made, and no weight moves."""
     processes = Processes(bf16=False, cpu=True)
     weights = [p for p in model.policy.parameters() if p.requires_grad]
@@ -30,7 +34,7 @@ def _learner(model, parts, *, micro_batch=2, temperature=1.0, max_length=1):
         model.adapter,
         torch.optim.SGD(weights, lr=0.0),
         processes,
-        parts,
+        method,
         micro_batch=micro_batch,
         temperature=temperature,
         max_grad_norm=0.0,
@@ -38,9 +42,16 @@ def _learner(model, parts, *, micro_batch=2, temperature=1.0, max_length=1):
     )
 
 
+def _with(**changes):
+    """GRPO with other parts."""
+    return replace(GRPO, rollout=replace(GRPO.rollout, **changes))
+
+
 def _update(rows, *, positions=None, row_count=None):
-    count = positions if positions is not None else sum(row.encoded.num_trained for row in rows)
-    return Update(rows, count, row_count if row_count is not None else len(rows), rows[0])
+    demos = [row for row in rows if row.demo]
+    count = positions if positions is not None else sum(row.num_trained for row in rows if not row.demo)
+    rest = row_count if row_count is not None else len(rows) - len(demos)
+    return Update(rows, count, rest, rows[0], sum(row.num_trained for row in demos), len(demos))
 
 
 def _gradients(model):
@@ -100,7 +111,7 @@ def test_sft_gradients_are_those_of_transformers_for_every_parameter(
     worst = 0.0
     for micro_batch in (1, 2, len(encoded)):
         learner = _learner(model, SFT, micro_batch=micro_batch)
-        report = learner.update(_update([Row(row) for row in encoded]), 0.0)
+        report = learner.update(_update([Row(row, demo=True) for row in encoded]), 0.0)
         ours = _gradients(model)
         worst = max(worst, _largest(ours, expected))
         assert report["nll"] == pytest.approx(loss, abs=1e-5)
@@ -126,7 +137,7 @@ def test_sft_gradients_of_lora_are_those_of_transformers(
     assert all("lora_" in name for name in expected)
     worst = 0.0
     for micro_batch in (1, 2, len(encoded)):
-        _learner(model, SFT, micro_batch=micro_batch).update(_update([Row(row) for row in encoded]), 0.0)
+        _learner(model, SFT, micro_batch=micro_batch).update(_update([Row(row, demo=True) for row in encoded]), 0.0)
         worst = max(worst, _largest(_gradients(model), expected))
     record_property("max_gradient_difference", worst)
     assert worst < 1e-6
@@ -136,7 +147,7 @@ def test_sft_gradients_of_lora_are_those_of_transformers(
 def test_a_step_moves_weights_against_the_gradient_and_a_bad_gradient_moves_nothing(open_tiny, mixed_rows):
     model = open_tiny(peft=FullSettings())
     learner = _learner(model, SFT)
-    rows = [Row(model.adapter.encode(sample)) for sample in mixed_rows[:2]]
+    rows = [Row(model.adapter.encode(sample), demo=True) for sample in mixed_rows[:2]]
     before = {name: p.detach().clone() for name, p in model.policy.named_parameters()}
     learner.update(_update(rows), 0.1)
     for name, parameter in model.policy.named_parameters():
@@ -152,7 +163,7 @@ def test_a_step_moves_weights_against_the_gradient_and_a_bad_gradient_moves_noth
 def test_clipping_scales_the_gradient_to_its_limit(open_tiny, mixed_rows):
     model = open_tiny(peft=FullSettings())
     learner = _learner(model, SFT)
-    rows = [Row(model.adapter.encode(sample)) for sample in mixed_rows]
+    rows = [Row(model.adapter.encode(sample), demo=True) for sample in mixed_rows]
     free = learner.update(_update(rows), 0.0)["grad_norm"]
     learner.max_grad_norm = free / 3
     report = learner.update(_update(rows), 0.0)
@@ -164,8 +175,8 @@ def test_clipping_scales_the_gradient_to_its_limit(open_tiny, mixed_rows):
 @one_family
 def test_an_update_without_rows_moves_nothing(open_tiny, mixed_rows):
     model = open_tiny(peft=FullSettings())
-    row = Row(model.adapter.encode(mixed_rows[1]))
-    report = _learner(model, SFT).update(Update([], 7, 2, row), 0.1)
+    row = Row(model.adapter.encode(mixed_rows[1]), demo=True)
+    report = _learner(model, SFT).update(Update([], 0, 0, row, 7, 2), 0.1)
     assert report["grad_norm"] == 0
     assert _size(_gradients(model)) == 0
 
@@ -223,9 +234,10 @@ def test_grpo_gradients_are_the_published_ones(open_tiny, plain, plain_inputs, m
             module, processor, plain_inputs, mixed_rows, rows, high=high, beta=beta, kl=kl
         )
         assert 0 < clipped < sum(row.encoded.num_trained for row in rows)
-        parts = GRPO.override(LossSection(epsilon=0.2, epsilon_high=high, kl=KlSettings(beta=beta, kl=kl)))
+        section = LossSection(epsilon=0.2, epsilon_high=high, kl=KlSettings(beta=beta, kl=kl))
+        method = choose("grpo", grpo.preset, section)
         for micro_batch in (2, len(rows)):
-            learner = _learner(model, parts, micro_batch=micro_batch, temperature=0.8)
+            learner = _learner(model, method, micro_batch=micro_batch, temperature=0.8)
             report = learner.update(_update(rows), 0.0)
             worst = max(worst, _largest(_gradients(model), expected))
             if kl == "k3":
@@ -252,7 +264,7 @@ def test_rows_without_advantage_may_be_left_out(open_tiny, mixed_rows):
     kept = [row for row in rows if row.advantage != 0]
     assert len(kept) == len(rows) - 1
     for aggregate in ("seq_mean", "token", "const", "seq_sum"):
-        learner = _learner(model, replace(GRPO, aggregate=aggregate), micro_batch=4, temperature=0.8, max_length=30)
+        learner = _learner(model, _with(aggregate=aggregate), micro_batch=4, temperature=0.8, max_length=30)
         learner.update(_update(rows), 0.0)
         whole = _gradients(model)
         learner.update(_update(kept, positions=positions, row_count=len(rows)), 0.0)
@@ -297,7 +309,7 @@ def _by_ids(prompts, completions, completion_ids, flat, **columns):
     return [0.5 if mark else float(sum(ids) % 101) for mark, ids in zip(flat, completion_ids, strict=True)]
 
 
-def _completions(model, samples, parts, *, seed=5, **section):
+def _completions(model, samples, method, *, seed=5, **section):
     stream = RowStream(
         [samples],
         [1.0],
@@ -310,7 +322,7 @@ def _completions(model, samples, parts, *, seed=5, **section):
         on_bad_row="error",
         on_long="error",
     )
-    learner = _learner(model, parts, temperature=0.9)
+    learner = _learner(model, method, temperature=0.9)
     section = GrpoSection(num_generations=4, max_completion_length=6, temperature=0.9, **section)
     source = Completions(
         stream,
@@ -318,10 +330,9 @@ def _completions(model, samples, parts, *, seed=5, **section):
         adapter=model.adapter,
         rewards=[Reward("ids", _by_ids, RewardSpec(name="ids"))],
         section=section,
-        parts=parts,
+        method=method,
         processes=learner.processes,
         log_probs=learner.log_probs,
-        reference=None,
         seed=seed,
         num_samples=2,
     )
@@ -343,10 +354,10 @@ def test_groups_of_equal_scores_are_not_trained_but_counted(open_tiny, mixed_row
     learner.update(update, 0.0)
     ours = _gradients(model)
     # The same rollouts once more, every row kept: a penalty of weight nearly nought keeps them all.
-    source, learner = _completions(model, _prompts(mixed_rows), replace(GRPO, beta=1e-300))
+    source, learner = _completions(model, _prompts(mixed_rows), _with(kl=Kl(beta=1e-300)))
     (whole,) = list(source.updates())
     assert len(whole.rows) == whole.row_count == 16
-    assert whole.positions == update.positions == sum(row.encoded.num_trained for row in whole.rows)
+    assert whole.positions == update.positions == sum(row.num_trained for row in whole.rows)
     learner.update(whole, 0.0)
     assert _largest(ours, _gradients(model)) < 1e-12
     assert _size(ours) > 1e-4
@@ -389,7 +400,8 @@ def test_truncated_and_unscored_completions_can_stay_out(open_tiny, mixed_rows):
         return Rollout(ids, np.zeros(2, dtype=np.float32), "x", truncated, {"ids": score}, score)
 
     group = Group(mixed_rows[0], [rollout(1.0), rollout(0.0), rollout(None), rollout(1.0, truncated=True)], 0)
-    update = source._to_rows([group], [prompt])
+    entry = source._entry(Candidate(Drawn(mixed_rows[0], prompt, 0), group))
+    update = source._to_update([entry], source._advantages([entry.scored]))
     assert [row.advantage for row in update.rows] == pytest.approx([0.5773, -1.1546], abs=1e-3)
     assert (update.row_count, update.positions) == (2, 4)
     assert [sample["score"] for sample in update.samples] == [1.0, 0.0]
@@ -401,7 +413,7 @@ def test_shuffled_rewards_are_a_permutation_inside_the_group(open_tiny, mixed_ro
     source, _ = _completions(model, _prompts(mixed_rows), GRPO, shuffle_rewards=True)
     scores = [float(i) for i in range(8)]
     rollouts = [Rollout(np.zeros(1), np.zeros(1), "", False, {}, score) for score in scores]
-    orders = [source._scores(Group(mixed_rows[0], rollouts, uid)) for uid in range(20)]
+    orders = [source.scores(Group(mixed_rows[0], rollouts, uid)) for uid in range(20)]
     assert all(sorted(order) == scores for order in orders)
     assert len({tuple(order) for order in orders}) > 15
-    assert source._scores(Group(mixed_rows[0], rollouts, 3)) == orders[3]
+    assert source.scores(Group(mixed_rows[0], rollouts, 3)) == orders[3]

@@ -4,10 +4,12 @@ import functools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmpost.config.schema import FullSettings, LoraSettings
+from mmpost.config.schema import FullSettings, LoraSettings, ModelSection
+from mmpost.core.errors import MmpostError
 from mmpost.models import policy as policy_module
-from mmpost.models.load import _checkpoint_language_model, part_of
+from mmpost.models.load import _checkpoint_language_model, load, part_of
 
 # For what has nothing to do with the family.
 one_family = pytest.mark.parametrize("family", ["qwen2.5-vl"])
@@ -91,13 +93,44 @@ def test_the_head_in_chunks_gives_the_same_numbers_and_gradients(open_tiny, mixe
     assert len(whole) > 7
     for chunk in (1, 7):
         model.policy.zero_grad()
-        monkeypatch.setattr(policy_module, "HEAD_CHUNK", chunk)
+        monkeypatch.setattr(policy_module, "HEAD_BYTES", chunk * 4 * model.policy.head.out_features)
         parts, entropy_parts = model.policy(batch)
         parts.sum().backward()
         assert torch.allclose(parts, whole, atol=1e-6)
         assert torch.allclose(entropy_parts, entropy, atol=1e-6)
         for name, parameter in model.policy.named_parameters():
             assert torch.allclose(parameter.grad, gradients[name], atol=1e-5), name
+
+
+class _Largest(TorchDispatchMode):
+    """Most elements of any tensor that holds at least one row of the vocabulary."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.rows = vocabulary, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape[-1] == self.vocabulary:
+                self.rows = max(self.rows, tensor.numel() // self.vocabulary)
+        return out
+
+
+@one_family
+def test_logits_of_all_positions_never_exist_together(open_tiny, mixed_rows, monkeypatch):
+    model = open_tiny(peft=FullSettings())
+    batch = model.adapter.collate([model.adapter.encode(sample) for sample in mixed_rows * 3])
+    vocabulary, width = model.policy.head.weight.shape
+    assert len(batch.target) > 2 * width
+    seen = {}
+    for chunk in (width, 10 * len(batch.target)):
+        monkeypatch.setattr(policy_module, "HEAD_BYTES", chunk * 4 * vocabulary)
+        with _Largest(vocabulary) as largest:
+            model.policy(batch)[0].sum().backward()
+        seen[chunk] = largest.rows
+    # The gradient of the head's weights has as many rows as hidden states are wide.
+    assert seen == {width: width, 10 * len(batch.target): len(batch.target)}
 
 
 @one_family
@@ -177,3 +210,33 @@ def test_gradient_checkpointing_recomputes_the_language_model_alone_and_changes_
     assert first.keys() == second.keys()
     for name in first:
         assert torch.allclose(first[name], second[name], atol=1e-6), name
+
+
+@one_family
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantized_language_models_train_their_adapters(tiny_folder, mixed_rows, family, kind):
+    pytest.importorskip("bitsandbytes")
+    section = ModelSection(model_name_or_path=str(tiny_folder(family)), quantization=kind)
+    model = load(section, peft=LoraSettings(r=4), device=torch.device("cpu"))
+    layer = model.policy.inner.model.language_model.layers[0].mlp.up_proj.base_layer.weight
+    assert layer.dtype in {torch.uint8, torch.int8}
+    assert model.policy.inner.model.visual.blocks[0].mlp.up_proj.weight.dtype == torch.float32
+    logp, _ = model.policy(model.adapter.collate([model.adapter.encode(sample) for sample in mixed_rows[:2]]))
+    logp.sum().backward()
+    trained = [p for p in model.policy.parameters() if p.requires_grad]
+    assert trained
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+
+
+@one_family
+def test_quantized_weights_cannot_train_in_full(tiny_folder, family):
+    section = ModelSection(model_name_or_path=str(tiny_folder(family)), quantization="nf4")
+    with pytest.raises(MmpostError, match="MMP-C039"):
+        load(section, peft=FullSettings(), device=torch.device("cpu"))
+
+
+@one_family
+def test_fused_kernels_need_a_gpu(tiny_folder, family):
+    section = ModelSection(model_name_or_path=str(tiny_folder(family)), use_liger_kernel=True)
+    with pytest.raises(MmpostError, match="needs a CUDA device"):
+        load(section, peft=FullSettings(), device=torch.device("cpu"))

@@ -14,6 +14,7 @@ from mmpost.core.rollout import Group, Rollout
 from mmpost.core.sample import Part, Sample, Turn
 from mmpost.rewards import REWARDS
 from mmpost.rewards.score import Reward, check_columns, needed_columns, resolve, score
+from mmpost.rewards.stats import RewardStats
 
 HERE = Path(__file__)
 
@@ -267,6 +268,82 @@ def test_async_functions_are_awaited_even_inside_a_running_loop():
     assert asyncio.run(outside()) == [1.0, 2.0, 3.0]
 
 
+def test_async_functions_wait_beside_each_other():
+    async def later(completions, **columns):
+        await asyncio.sleep(0.4)
+        return [1.0] * len(completions)
+
+    rewards = [Reward(f"r{k}", later, RewardSpec(name=f"r{k}")) for k in range(5)]
+    clock = time.perf_counter()
+    groups = _groups()
+    score(groups, rewards)
+    assert time.perf_counter() - clock < 1.2
+    assert _scores(groups) == [5.0] * 3
+    assert list(groups[0].rollouts[0].score_parts) == [f"r{k}" for k in range(5)]
+
+
+def test_a_late_coroutine_is_cancelled_but_its_own_timeout_is_an_error():
+    ended = []
+
+    async def sleepy(completions, **columns):
+        try:
+            await asyncio.sleep(30)
+        finally:
+            ended.append(True)
+
+    async def own(completions, **columns):
+        raise TimeoutError("no reply")
+
+    assert _error(sleepy, timeout=0.1).code == "MMP-R122"
+    until = time.perf_counter() + 5
+    while not ended and time.perf_counter() < until:
+        time.sleep(0.01)
+    assert ended == [True]
+    assert "raised TimeoutError: no reply (" in str(_error(own))
+
+
+def test_statistics_say_what_happened_to_every_completion():
+    def some(completions, **columns):
+        return [1.0, None, 0.0]
+
+    def broken(completions, **columns):
+        raise ValueError("no")
+
+    def slow(completions, **columns):
+        time.sleep(0.5)
+
+    rewards = [_reward(f, on_error="null", timeout=0.1) for f in (some, broken, slow)]
+    stats = score(_groups(), rewards)
+    assert list(stats) == ["some", "broken", "slow"]
+    assert [(s.completions, s.scored, s.failed, s.timed_out) for s in stats.values()] == [
+        (3, 2, 0, 0),
+        (3, 0, 3, 0),
+        (3, 0, 0, 3),
+    ]
+    assert (stats["some"].mean, stats["some"].std) == (0.5, 0.5)
+    assert [s.share_not_applicable for s in stats.values()] == [pytest.approx(1 / 3), 0.0, 0.0]
+    assert (stats["slow"].mean, stats["slow"].std) == (None, None)
+    assert 0.1 <= stats["slow"].seconds < 0.5
+    assert rewards[0].stats is stats["some"]
+    assert score([], rewards)["some"] == RewardStats()
+
+
+def test_statistics_of_parts_add_up_to_those_of_the_whole():
+    values = [1.0, 0.25, None, -3.0, 0.1, 0.1, None]
+    parts = []
+    for some in (values[:3], values[3:], []):
+        parts.append(RewardStats(seconds=1.0, failed=1))
+        parts[-1].add_scores(some)
+    whole = parts[0] + parts[1] + parts[2]
+    known = [value for value in values if value is not None]
+    assert (whole.completions, whole.scored, whole.failed, whole.seconds) == (7, 5, 3, 3.0)
+    assert whole.mean == pytest.approx(np.mean(known))
+    assert whole.std == pytest.approx(np.std(known))
+    same = RewardStats()
+    same.add_scores([0.1] * 7)
+    assert same.std == pytest.approx(0.0, abs=1e-8)
+
+
 def test_no_completions_need_no_function():
     score([], [])
     score([Group(Sample("a", ()), [], 0)], [])
@@ -275,14 +352,43 @@ def test_no_completions_need_no_function():
 # -- names and columns -----------------------------------------------------------------------------------------------
 
 
-def test_shipped_functions_resolve_by_name():
-    rewards = resolve([RewardSpec(name=name) for name in REWARDS])
-    assert [reward.name for reward in rewards] == list(REWARDS)
-    texts = (("<answer>3</answer>", r"\boxed{4}"), ("5",))
-    groups = _groups(texts, ({"solution": "3"}, {"solution": "5"}))
-    score(groups, rewards)
-    assert [r.score_parts["format"] for g in groups for r in g.rollouts] == [1.0, 0.0, 0.0]
-    assert [r.score_parts["answer"] for g in groups for r in g.rollouts] == [1.0, 0.0, 0.0]
+ODD = (
+    "", " ", "\0", "\\", "\\boxed{", "}{", "<answer>", "</answer>", "$", "%", "nan", "1e999", "-", "½", "²", "(", "[",
+    "{}", "<answer>[1, 2</answer>", "[[[", "٣", "\U0001f600", "```json\n{```", "\ud800", "9" * 5000, "\\frac{1}{0}",
+)  # fmt: skip
+OPTIONS = {"regex": {"pattern": "(a|b)+c"}}
+SOLUTIONS = {"boxes": [[0, 0, 1, 1]], "points": [[0, 0]]}
+
+
+@pytest.mark.parametrize("name", list(REWARDS))
+def test_every_shipped_function_scores_odd_texts_and_keeps_their_order(name):
+    (reward,) = resolve([RewardSpec(name=name, args=OPTIONS.get(name, {}))])
+    assert reward.name == name
+    assert set(needed_columns(reward)) <= {"solution"}
+
+    def scores(texts):
+        groups = _groups((texts,), ({"solution": SOLUTIONS.get(name, "3")},))
+        for rollout in groups[0].rollouts:
+            rollout.tokens = np.arange(len(rollout.text))
+        score(groups, [reward])
+        return _scores(groups)
+
+    first = scores(ODD)
+    assert all(value is None or -1 <= value <= 1 for value in first)
+    assert first == scores(ODD[::-1])[::-1]
+    assert reward.stats.timed_out == reward.stats.failed == 0
+
+
+SLOW_TEXTS = [
+    part * (20_000 // len(part))
+    for part in (" ", "answer is ", "answer is", "<answer>", "</answer>", "\\boxed{", "{", "[", "[1,", "1,", "<think> ")
+]
+
+
+@pytest.mark.parametrize("name", [name for name in REWARDS if name not in ("regex", "math")])
+def test_no_text_holds_an_inline_function_up(name):
+    (reward,) = resolve([RewardSpec(name=name, timeout=2)])
+    score(_groups((SLOW_TEXTS,), ({"solution": SOLUTIONS.get(name, "3")},)), [reward])
 
 
 def test_a_reward_listed_twice_is_refused():

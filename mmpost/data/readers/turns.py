@@ -13,6 +13,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mmpost.core.sample import ROLES, Kind, Part, Role, Turn
@@ -128,7 +129,8 @@ def _item_parts(row: Row, k: int, item: Any, *, marks: bool) -> Iterable[Part]:
         if not isinstance(text, str):
             row.wrong_shape(f"text of content part {k}", text, "a text")
             return ()
-        return _text_parts(text, marks=marks)
+        parts = _text_parts(text, marks=marks)
+        return parts if _trains(given) else [replace(part, train=False) for part in parts]
     if kind == "action":
         return (_action(row, given),)
     return (_media_part(row, kind, str(name), given),)
@@ -204,8 +206,8 @@ def _merged(parts: Iterable[Part]) -> list[Part]:
     for part in parts:
         if part.kind == "text" and not part.text:
             continue
-        if part.kind == "text" and merged and merged[-1].kind == "text":
-            merged[-1] = Part("text", merged[-1].text + part.text)
+        if part.kind == "text" and merged and merged[-1].kind == "text" and merged[-1].train == part.train:
+            merged[-1] = replace(part, text=merged[-1].text + part.text)
         else:
             merged.append(part)
     return merged

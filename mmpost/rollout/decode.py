@@ -1,0 +1,249 @@
+"""Keys and values of completions under way.
+
+``SharedDecoder`` prefills prompts packed behind each other and keeps one copy of a prompt's keys and values for all of
+its completions, which read it as one matrix product per group. Rows that have ended leave, waiting prompts enter.
+``CacheDecoder`` does the same work with transformers' own cache, for models that take no attention plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from mmpost.adapters.layout import pack_prompts
+from mmpost.core.batch import Encoded
+from mmpost.core.protocols import Adapter
+from mmpost.models.attention import Packed
+from mmpost.models.policy import Policy, upcast
+
+# Completion keys and values are stored in steps of this many tokens.
+GROW = 64
+
+
+class Decoder(Protocol):
+    """Rows of completions in a fixed order; new rows come last."""
+
+    refills: bool
+
+    def admit(self, prompts: Sequence[Encoded], n: int) -> Tensor:
+        """Prefill prompts; logits ``[len(prompts) * n, V]`` of the first token of their new rows."""
+        ...
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Feed one token to each row, int64 ``[R]``; logits ``[R, V]`` of the next."""
+        ...
+
+    def keep(self, index: Tensor) -> None:
+        """Keep only these rows, int64 sorted."""
+        ...
+
+
+def open_decoder(policy: Policy, adapter: Adapter) -> Decoder:
+    """The fastest decoder that the model can use."""
+    return SharedDecoder(policy, adapter) if policy.packs else CacheDecoder(policy, adapter)
+
+
+class _Prefill(Packed):
+    """Plan of the prompts; keeps keys and values of every layer, ``[T, h, d]``."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        self.kept[layer] = key, value
+        return super().attend(layer, query, key, value, scale)
+
+
+class SharedDecoder:
+    """One copy of each prompt's keys and values; rows of a group are neighbours."""
+
+    refills = True
+
+    def __init__(self, policy: Policy, adapter: Adapter) -> None:
+        self.policy, self.adapter, self.device = policy, adapter, policy.device
+        # Per layer: prompts [K, h, P, d] and completions [R, h, capacity, d].
+        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}
+        self.own: dict[int, tuple[Tensor, Tensor]] = {}
+        empty = torch.empty(0, dtype=torch.long, device=self.device)
+        self.group, self.length, self.next = empty, empty, empty
+        self.prompt_length = empty
+        self.capacity = 0
+
+    def admit(self, prompts: Sequence[Encoded], n: int) -> Tensor:
+        """See ``Decoder``."""
+        batch = pack_prompts(self.adapter, prompts).to(self.device)
+        assert batch.segments is not None
+        plan = _Prefill(batch.segments, self.device)
+        states = self.policy.hidden(batch.inputs, plan)[batch.at]
+        lengths = torch.tensor([segment.length for segment in batch.segments])
+        starts = torch.tensor([segment.start for segment in batch.segments])
+        place = torch.arange(int(lengths.max()))
+        index = torch.where(place < lengths[:, None], starts[:, None] + place, starts[:, None]).to(self.device)
+        rows = len(prompts) * n
+        for layer, pair in plan.kept.items():
+            fresh = tuple(tensor[index].transpose(1, 2) for tensor in pair)
+            kept = self.prompt.get(layer)
+            self.prompt[layer] = _pair(_stack(kept[i], fresh[i]) if kept else fresh[i].contiguous() for i in (0, 1))
+            shape = (rows, pair[0].shape[1], self.capacity, pair[0].shape[2])
+            own = self.own.get(layer)
+            room = pair[0].new_zeros(shape)
+            self.own[layer] = _pair(torch.cat([own[i], room]) if own else room.clone() for i in (0, 1))
+        first = len(self.prompt_length)
+        self.prompt_length = torch.cat([self.prompt_length, lengths.to(self.device)])
+        fresh_groups = torch.arange(first, first + len(prompts), device=self.device).repeat_interleave(n)
+        self.group = torch.cat([self.group, fresh_groups])
+        self.length = torch.cat([self.length, self.length.new_zeros(rows)])
+        after = torch.tensor([int(prompt.positions.max()) + 1 for prompt in prompts]).repeat_interleave(n)
+        self.next = torch.cat([self.next, after.to(self.device)])
+        self._arrange()
+        return self.policy.logits(states).repeat_interleave(n, 0)
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """See ``Decoder``."""
+        self._reserve(int(self.length.max()) + 1)
+        axes = self.adapter.position_axes
+        positions = self.next.expand(axes, 1, -1) if axes > 1 else self.next[None]
+        self.steps = int(self.length.max()) + 1
+        self.hidden = torch.arange(self.steps, device=self.device) > self.length[:, None]
+        self.ragged = bool(self.hidden.any())
+        states = self.policy.hidden({"input_ids": tokens[None], "position_ids": positions}, self)
+        self.length, self.next = self.length + 1, self.next + 1
+        return self.policy.logits(states)
+
+    def keep(self, index: Tensor) -> None:
+        """See ``Decoder``."""
+        index = index.to(self.device)
+        self.own = {layer: _pair(tensor[index] for tensor in pair) for layer, pair in self.own.items()}
+        self.length, self.next = self.length[index], self.next[index]
+        groups, self.group = torch.unique(self.group[index], return_inverse=True)
+        if len(groups) < len(self.prompt_length):
+            self.prompt_length = self.prompt_length[groups]
+            longest = int(self.prompt_length.max()) if len(groups) else 0
+            self.prompt = {
+                layer: _pair(tensor[groups, :, :longest] for tensor in pair) for layer, pair in self.prompt.items()
+            }
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Place of each row in the grid ``[K, n]`` of its group, and which prompt tokens are filling."""
+        counts = torch.bincount(self.group, minlength=len(self.prompt_length))
+        self.width = int(counts.max()) if len(counts) else 0
+        starts = counts.cumsum(0) - counts
+        column = torch.arange(len(self.group), device=self.device) - starts[self.group]
+        self.place = self.group * self.width + column
+        self.full = bool((counts == self.width).all())
+        self.grid = torch.zeros(len(counts) * self.width, dtype=torch.long, device=self.device)
+        self.grid[self.place] = torch.arange(len(self.group), device=self.device)
+        longest = int(self.prompt_length.max()) if len(counts) else 0
+        filling = torch.arange(longest, device=self.device) >= self.prompt_length[:, None]
+        self.filling = filling[:, None, None] if bool(filling.any()) else None
+
+    def _reserve(self, tokens: int) -> None:
+        if tokens <= self.capacity:
+            return
+        more = max(GROW, self.capacity)
+        self.capacity += more
+        for layer, pair in self.own.items():
+            self.own[layer] = _pair(
+                torch.cat([tensor, tensor.new_zeros(*tensor.shape[:2], more, tensor.shape[3])], 2) for tensor in pair
+            )
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """One token per row against its prompt and its own tokens; the two softmaxes are joined by their sums.
+
+        Shapes as in ``attention.Plan`` with ``T = R``.
+        """
+        rows, heads, width = query.shape
+        kv_heads = key.shape[1]
+        repeat = heads // kv_heads
+        own_key, own_value = self.own[layer]
+        every = torch.arange(rows, device=query.device)
+        own_key[every, :, self.length], own_value[every, :, self.length] = key, value
+        query = query * (scale if scale is not None else width**-0.5)
+        mine = query.view(rows, kv_heads, repeat, width)
+        own = _weigh(
+            mine,
+            own_key[:, :, : self.steps],
+            own_value[:, :, : self.steps],
+            self.hidden[:, None, None] if self.ragged else None,
+        )
+        together = query if self.full else query[self.grid]
+        together = together.view(-1, self.width, kv_heads, repeat, width).transpose(1, 2).flatten(2, 3)
+        prompt = []
+        for part in _weigh(together, *self.prompt[layer], self.filling):
+            by_row = part.unflatten(2, (self.width, repeat)).transpose(1, 2).flatten(0, 1)
+            prompt.append(by_row if self.full else by_row[self.place])
+        high = torch.maximum(own[0], prompt[0])
+        a, b = (own[0] - high).exp(), (prompt[0] - high).exp()
+        out = (own[2] * a + prompt[2] * b) / (own[1] * a + prompt[1] * b)
+        return out.to(value.dtype).view(rows, heads, width)
+
+
+def _weigh(query: Tensor, key: Tensor, value: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest score, sum of exp(score - largest), and values weighted by these; the last axis is 1, 1, d."""
+    scores = upcast(query @ key.transpose(-1, -2))
+    if masked is not None:
+        scores = scores.masked_fill(masked, -torch.inf)
+    high = scores.amax(-1, keepdim=True)
+    weights = (scores - high).exp()
+    return high, weights.sum(-1, keepdim=True), upcast(weights.to(value.dtype) @ value)
+
+
+def _pair(tensors: Any) -> tuple[Tensor, Tensor]:
+    first, second = tensors
+    return first, second
+
+
+def _stack(old: Tensor, new: Tensor) -> Tensor:
+    """Prompts ``[K, h, P, d]`` under each other, the shorter filled with zeros."""
+    longest = max(old.shape[2], new.shape[2])
+    return torch.cat([_lengthen(old, longest), _lengthen(new, longest)])
+
+
+def _lengthen(tensor: Tensor, length: int) -> Tensor:
+    rows, heads, present, width = tensor.shape
+    if present == length:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros(rows, heads, length - present, width)], 2)
+
+
+class CacheDecoder:
+    """transformers' cache: prompts padded on the left, prefilled once, then copied for every completion."""
+
+    refills = False
+
+    def __init__(self, policy: Policy, adapter: Adapter) -> None:
+        self.policy, self.adapter = policy, adapter
+
+    def admit(self, prompts: Sequence[Encoded], n: int) -> Tensor:
+        """See ``Decoder``; once only."""
+        batch = self.adapter.collate(prompts, left=True).to(self.policy.device)
+        self.cache: Any = DynamicCache(config=self.policy.inner.config.get_text_config())
+        out = self.policy.inner.base_model(**batch.inputs, past_key_values=self.cache, use_cache=True)
+        self.cache.batch_repeat_interleave(n)
+        self.attend = batch.inputs["attention_mask"].repeat_interleave(n, 0)
+        positions = batch.inputs["position_ids"]
+        # All axes go on behind the largest position of the prompt.
+        self.next = (positions.amax(-1, keepdim=True) + 1).repeat_interleave(n, -2)
+        if positions.dim() == 3:
+            self.next = self.next.amax(0, keepdim=True).expand(3, -1, -1)
+        return self.policy.logits(out.last_hidden_state[:, -1]).repeat_interleave(n, 0)
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """See ``Decoder``."""
+        self.attend = torch.cat([self.attend, self.attend.new_ones(len(tokens), 1)], 1)
+        inputs = {"input_ids": tokens[:, None], "attention_mask": self.attend, "position_ids": self.next}
+        out = self.policy.inner.base_model(**inputs, past_key_values=self.cache, use_cache=True)
+        self.next = self.next + 1
+        return self.policy.logits(out.last_hidden_state[:, -1])
+
+    def keep(self, index: Tensor) -> None:
+        """See ``Decoder``."""
+        index = index.to(self.policy.device)
+        self.cache.batch_select_indices(index)
+        self.attend, self.next = self.attend[index], self.next.index_select(-2, index)

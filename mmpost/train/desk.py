@@ -1,0 +1,126 @@
+"""Where a draw gets its groups: prompts from the data, completions from the policy, scores from the rewards.
+
+It also counts what was sampled, so that the log tells of all completions and not of those alone that are trained.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmpost.core.rollout import Group, Rollout
+from mmpost.rewards import score as reward_score
+from mmpost.rewards.call import Reward
+from mmpost.rewards.stats import RewardStats
+from mmpost.rollout.engine import Prompt
+from mmpost.train.distributed import Processes
+from mmpost.train.draw import Candidate
+from mmpost.train.rows import Drawn, RowStream
+
+# Prompts, completions of each, and the number of each prompt's first completion.
+Sample = Callable[[Sequence[Prompt], int, Sequence[int]], list[list[Rollout]]]
+
+
+class RolloutDesk:
+    """The desk of one rollout batch.
+
+    Attributes:
+        prompts_wanted: Prompts of a step over all processes.
+        num_generations: Completions per prompt of a step.
+        seconds: Wall time by phase: data, rollout, reward.
+    """
+
+    def __init__(
+        self,
+        stream: RowStream,
+        *,
+        sample: Sample,
+        rewards: Sequence[Reward],
+        processes: Processes,
+        num_generations: int,
+    ) -> None:
+        self.stream, self.rewards, self.processes = stream, rewards, processes
+        self.prompts_wanted, self.num_generations = stream.count, num_generations
+        self._sample = sample
+        self.seconds = {"data": 0.0, "rollout": 0.0, "reward": 0.0}
+        self._rollouts: dict[int, list[Rollout]] = {}
+        self._stats = {reward.name: RewardStats() for reward in rewards}
+
+    def prompts(self) -> list[Drawn]:
+        """This process's share of the next prompts."""
+        clock = time.perf_counter()
+        drawn = self.stream.next()
+        self.seconds["data"] += time.perf_counter() - clock
+        return drawn
+
+    def complete(self, candidates: Sequence[Candidate], n: int) -> None:
+        """Add ``n`` completions with their rewards to each candidate.
+
+        Generation numbers go on where an earlier round ended, so that no random draw is used twice.
+        """
+        clock = time.perf_counter()
+        fresh = self._sample(
+            [Prompt(candidate.drawn.encoded, candidate.uid, candidate.drawn.sample) for candidate in candidates],
+            n,
+            [candidate.seen for candidate in candidates],
+        )
+        sampled = time.perf_counter()
+        groups = [
+            Group(candidate.drawn.sample, rollouts, candidate.uid)
+            for candidate, rollouts in zip(candidates, fresh, strict=True)
+        ]
+        for name, stats in reward_score.score(groups, self.rewards).items():
+            self._stats[name] = self._stats[name] + stats
+        for candidate, rollouts in zip(candidates, fresh, strict=True):
+            candidate.add(rollouts)
+            self._rollouts.setdefault(candidate.uid, []).extend(rollouts)
+        self.seconds["rollout"] += sampled - clock
+        self.seconds["reward"] += time.perf_counter() - sampled
+
+    def gather(self, values: Sequence[Any]) -> list[Any]:
+        """Small values of all processes, one list."""
+        return [value for part in self.processes.gather(list(values)) for value in part]
+
+    def metrics(self) -> dict[str, Any]:
+        """Means over all completions that were sampled, by all processes."""
+        rollouts = [rollout for found in self._rollouts.values() for rollout in found]
+        known = [rollout.score for rollout in rollouts if rollout.score is not None]
+        scores = [[r.score for r in found if r.score is not None] for found in self._rollouts.values()]
+        sums = self.processes.sum(
+            [
+                len(rollouts),
+                len(scores),
+                sum(known),
+                len(known),
+                sum(float(np.std(group)) for group in scores if group),
+                sum(len(set(group)) <= 1 for group in scores),
+                sum(rollout.truncated for rollout in rollouts),
+                sum(len(rollout.tokens) for rollout in rollouts),
+            ]
+        )
+        count, groups = max(sums[0], 1), max(sums[1], 1)
+        stats = self._all_stats()
+        reward: dict[str, Any] = {
+            "total": sums[2] / sums[3] if sums[3] else None,
+            "by_name": {name: stat.mean for name, stat in stats.items()},
+            "std_by_name": {name: stat.std for name, stat in stats.items()},
+            "std_within": sums[4] / groups,
+        }
+        # What did not happen is not logged: most rewards always apply and never fail.
+        for field in ("share_not_applicable", "failed", "timed_out"):
+            found = {name: float(getattr(stat, field)) for name, stat in stats.items() if getattr(stat, field)}
+            if found:
+                reward[field] = found
+        return {
+            "reward": reward,
+            "zero_spread": sums[5] / groups,
+            "truncated": sums[6] / count,
+            "completion_length": sums[7] / count,
+        }
+
+    def _all_stats(self) -> dict[str, RewardStats]:
+        parts = self.processes.gather(self._stats)
+        return {name: sum((part[name] for part in parts), start=RewardStats()) for name in self._stats}
