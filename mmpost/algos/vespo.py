@@ -6,7 +6,7 @@
 
 Source: "VESPO: Variational Sequence-Level Soft Policy Optimization for Stable Off-Policy LLM Training", arXiv
 2602.10693.
-Differs: with an engine of its own, the weight for its mismatch (``loss.engine``) multiplies phi instead of entering W.
+Differs: the weight for the mismatch of another engine (``loss.mismatch``) multiplies phi instead of entering W.
 """
 
 from mmpost.train.advantages import Group

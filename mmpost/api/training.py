@@ -26,10 +26,10 @@ from mmpost.core.sample import Sample
 from mmpost.models.load import LoadedModel, load
 from mmpost.models.policy import Policy
 from mmpost.rewards.score import check_columns, resolve
+from mmpost.rollout.engine import Engine, Setup, open_engine
 from mmpost.runs.folder import WRITTEN, RunFolder, Status
 from mmpost.runs.live import Progress
 from mmpost.runs.report import write_report
-from mmpost.rollout.engine import Engine, Setup, open_engine
 from mmpost.train import checkpoint, demos
 from mmpost.train.completions import Completions
 from mmpost.train.distributed import Processes
@@ -99,19 +99,8 @@ class Training:
         for name in config.eval.tasks:
             # A misspelt task must not be found only after the training.
             Catalog("tasks", TASKS).get(name)
-        specs: list[Any] = []
-        if isinstance(config, GRPOConfig):
-            specs = list(self.reward_choice) if self.reward_choice is not None else list(config.rewards)
-            specs = [RewardSpec(name=item) if isinstance(item, str) else item for item in specs]
-            if not specs:
-                raise MmpostError("MMP-C032", "no rewards: rewards is empty.", "Set rewards=[answer, format].")
-        rewards = resolve(specs)
-        data = list(self.data) if self.data is not None else api_data.open_all(config.data, seed=config.train.seed)
-        if self.data is not None:
-            data = [item if isinstance(item, Data) else api_data.load_data(item) for item in data]
-        if isinstance(config, GRPOConfig) and method.demo is not None:
-            self._set_answers_aside(data)
-        api_data.prepare(data, config.data, command=config.command)
+        rewards = resolve(self._reward_specs())
+        data = self._open_data(method)
         for source in data:
             check_columns(rewards, source.samples)
         folder = self._open_folder(data)
@@ -144,12 +133,30 @@ class Training:
                 _withdraw(folder)
         return self.output
 
-    def _set_answers_aside(self, data: Sequence[Data]) -> None:
-        """Keep the answers of prompt rows, for a method that also trains on demonstrations."""
-        for source in data:
-            source.samples = [demos.set_aside(sample) for sample in source.samples]
-        name = self.config.loss.preset or self.config.command
-        demos.check_some([sample for source in data for sample in source.samples], name)
+    def _reward_specs(self) -> list[Any]:
+        """Rewards of the run; none without completions."""
+        if not isinstance(self.config, GRPOConfig):
+            return []
+        specs = list(self.reward_choice) if self.reward_choice is not None else list(self.config.rewards)
+        if not specs:
+            raise MmpostError("MMP-C032", "no rewards: rewards is empty.", "Set rewards=[answer, format].")
+        return [RewardSpec(name=item) if isinstance(item, str) else item for item in specs]
+
+    def _open_data(self, method: Method) -> list[Data]:
+        """Sources of the run, made to fit the command and looked through for faults."""
+        config = self.config
+        if self.data is not None:
+            data = [item if isinstance(item, Data) else api_data.load_data(item) for item in self.data]
+        else:
+            data = api_data.open_all(config.data, seed=config.train.seed)
+        if isinstance(config, GRPOConfig) and method.demo is not None:
+            # A prompt keeps its answer as a column, for a method that also trains on demonstrations.
+            for source in data:
+                source.samples = [demos.set_aside(sample) for sample in source.samples]
+            name = config.loss.preset or config.command
+            demos.check_some([sample for source in data for sample in source.samples], name)
+        api_data.prepare(data, config.data, command=config.command)
+        return data
 
     def _open_folder(self, data: Sequence[Data]) -> RunFolder | None:
         """Open on the first process; all processes see the same outcome."""
@@ -371,6 +378,8 @@ class Training:
         progress.start(total, title, first_step=first)
         if self.processes.device.type == "cpu" and torch.version.cuda:
             progress.event("no CUDA device found; running on the CPU")
+        if not model.policy.packs:
+            progress.event("this model takes no packed batches: rows are padded, and every completion has its prompt")
         if left_out:
             progress.event(f"{left_out} faulty rows left out; see bad_rows.jsonl")
         if folder.resuming and self._resume_from is not None:

@@ -34,7 +34,8 @@ class ModelSection(Settings):
         ["vision_tower"], description="parts that do not train under full fine-tuning"
     )
     quantization: Literal["none", "nf4", "int8"] = Field(
-        "none", description="frozen language-model weights in 4 bits (QLoRA) or 8; needs peft.kind=lora and bitsandbytes"
+        "none",
+        description="frozen language-model weights in 4 bits (QLoRA) or 8; needs peft.kind=lora and bitsandbytes",
     )
     use_liger_kernel: bool = Field(False, description="fused CUDA kernels of liger-kernel, where it knows the model")
     gradient_checkpointing: bool = Field(False, description="recompute language-model activations to save memory")
@@ -151,29 +152,28 @@ class KlSettings(Settings):
 
     beta: float | None = Field(None, ge=0, description="weight of the penalty; 0 loads no other model")
     final_beta: float | None = Field(None, ge=0, description="weight at the end of the run, on a straight line")
-    kl: Literal["k2", "k3", "rho_k3", "k1_reward"] | None = Field(
-        None, description="k2, rho_k3 (off-policy): reverse KL; k3: GRPO paper; k1_reward: taken off the reward"
+    kl: Literal["k2", "k3", "rho_k3", "k1_reward", "k1"] | None = Field(
+        None,
+        description="k2, rho_k3 (off-policy): reverse KL; k3: GRPO paper; k1_reward: taken off the reward; k1: refused",
     )
     to: Literal["reference", "teacher"] | None = Field(None, description="the starting weights, or loss.teacher")
 
 
-class EngineSettings(Settings):
+class MismatchSettings(Settings):
     """Weights for the distance between the policy that trains and the engine that samples."""
 
-    mode: Literal["off", "token_tis", "seq_tis", "token_mask", "seq_mask", "geo_reject", "bypass"] | None = Field(
+    correction: Literal["off", "token_tis", "seq_tis", "token_mask", "seq_mask", "geo_reject", "bypass"] | None = Field(
         None,
         description="tis cuts the weight, mask and reject drop; null: off with our own engine, else token_tis",
     )
-    cap: float | None = Field(None, gt=0, description="upper limit of the weight; null: the mode's usual one")
-    low: float | None = Field(None, ge=0, description="lower limit of masks; null: the mode's usual one")
+    cap: float | None = Field(None, gt=0, description="upper limit of the weight; null: the usual one")
+    low: float | None = Field(None, ge=0, description="lower limit of masks; null: the usual one")
 
 
 class LossSection(Settings):
     """The parts of the estimator; null takes the preset's choice."""
 
-    preset: str | None = Field(
-        None, description="name in mmpost.algos or file.py:function; default: the command's own"
-    )
+    preset: str | None = Field(None, description="name in mmpost.algos or file.py:function; default: the command's own")
     args: dict[str, Any] = Field({}, description="constants of the preset, for example {cap: 3}")
     aggregate: Literal["token", "seq_mean", "const", "seq_sum", "micro_token"] | None = Field(
         None, description="what the sum over positions is divided by"
@@ -190,7 +190,7 @@ class LossSection(Settings):
         Literal["ones", "reward", "group", "group_nostd", "batch_std", "rloo", "global_stat", "norm_then_sum"] | None
     ) = Field(None, description="how rewards become credit")
     kl: KlSettings = Field(default_factory=KlSettings)
-    engine: EngineSettings = Field(default_factory=EngineSettings)
+    mismatch: MismatchSettings = Field(default_factory=MismatchSettings)
     entropy_beta: float | None = Field(None, ge=0, description="weight of an entropy bonus on completions")
     teacher: str | None = Field(None, description="folder or hub id of a teacher, for presets that have one")
 

@@ -20,6 +20,7 @@ import torch
 from mmpost.models.load import LoadedModel
 from mmpost.train import shard
 from mmpost.train.distributed import Processes
+from mmpost.train.zero import ZeroOptimizer
 
 PARTIAL = "partial-"
 
@@ -112,6 +113,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str
         gathered = shard.full(value)
         return gathered.cpu() if keep else None
 
+    if isinstance(optimizer, ZeroOptimizer):
+        return optimizer.full_state(keep=keep)
     state = optimizer.state_dict()
     # New dicts: those of ``state_dict`` are the optimiser's own.
     moments = {
@@ -122,6 +125,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Take up what ``optimizer_state`` gave, spread as the weights are now."""
+    if isinstance(optimizer, ZeroOptimizer):
+        optimizer.load_state_dict(state)
+        return
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for number, entry in state["state"].items():
         for name, value in entry.items():

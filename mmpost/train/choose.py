@@ -134,18 +134,24 @@ def _replaced(parts: Parts, section: LossSection, own_engine: bool) -> Parts:
                 made.append(kind())
         chosen["stabilise"] = tuple(made)
     changes = {name: value for name, value in section.kl.model_dump().items() if value is not None}
+    if section.kl.kl == "k1":
+        raise MmpostError(
+            "MMP-C036",
+            "loss.kl.kl is 'k1', whose gradient in the loss is 0 on average: it would hold nothing.",
+            "Use loss.kl.kl=k2, or k1_reward to take it off the reward.",
+        )
     if "kl" in changes:
         changes["estimator"] = changes.pop("kl")
     if "beta" in changes and "final_beta" not in changes:
         # A weight of one's own is constant unless its end is given, too.
         changes["final_beta"] = None
     kl: Kl = replace(parts.kl, **changes)
-    engine = section.engine
+    given = section.mismatch
     mismatch = parts.mismatch
-    if engine.mode is not None:
-        mismatch = Mismatch(engine.mode, engine.cap, engine.low)
+    if given.correction is not None:
+        mismatch = Mismatch(given.correction, given.cap, given.low)
     elif not own_engine and mismatch.mode == "off":
-        mismatch = Mismatch("token_tis", engine.cap, engine.low)
+        mismatch = Mismatch("token_tis", given.cap, given.low)
     return replace(parts, kl=kl, mismatch=mismatch, **chosen)
 
 

@@ -163,7 +163,7 @@ class Completions:
             reward_score.score(groups, self.rewards)
         return found
 
-    def _entry(self, candidate: Candidate, demo: Rollout | None) -> Entry:
+    def _entry(self, candidate: Candidate, demo: Rollout | None = None) -> Entry:
         """Scores of a group after shaping, with its demonstration."""
         prompt = candidate.drawn.sample
         rollouts = list(candidate.group.rollouts)

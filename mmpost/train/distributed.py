@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mmpost.models.policy import Policy
-from mmpost.train import shard
+from mmpost.train import shard, zero
 
 Strategy = Literal["auto", "ddp", "fsdp2", "zero2", "zero3"]
 # Bytes that AdamW adds to a trained float32 weight: gradient and two moments.
@@ -57,6 +57,7 @@ class Processes:
         self.device: torch.device = self._accelerator.device
         self.is_main: bool = self._accelerator.is_main_process
         self.strategy: Strategy = strategy
+        self._zero: zero.ZeroOptimizer | None = None
 
     # -- the model -----------------------------------------------------------------------------------------------
 
@@ -79,7 +80,7 @@ class Processes:
         return shard.shard(policy, dummy, self.max, device=self.device, world=self.world, bf16=self._bf16)
 
     def prepare_training(
-        self, policy: Policy, adapter: Any, make: Callable[[list[Tensor]], torch.optim.Optimizer], *, clip: float
+        self, policy: Policy, adapter: Any, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], *, clip: float
     ) -> tuple[Any, torch.optim.Optimizer]:
         """Wrap a policy and make its optimiser.
 
@@ -87,8 +88,13 @@ class Processes:
             policy: The policy.
             adapter: See ``prepare``.
             make: An optimiser of the weights that train.
-            clip: Largest gradient norm; DeepSpeed clips by itself.
+            clip: Largest gradient norm, which DeepSpeed wants to know beforehand; 0 for none.
         """
+        if self.strategy in ("zero2", "zero3") and self.world > 1:
+            stage: Literal[2, 3] = 2 if self.strategy == "zero2" else 3
+            dummy = adapter.dummy_media()
+            wrapped, self._zero = zero.start(policy, dummy, self.max, make, stage=stage, limit=clip, bf16=self._bf16)
+            return wrapped, self._zero
         module = self.prepare(policy, adapter)
         return module, make([weight for weight in policy.parameters() if weight.requires_grad])
 
@@ -103,7 +109,7 @@ class Processes:
 
     def unwrap(self, module: Any) -> Any:
         """The module itself."""
-        if isinstance(module, shard.InStep):
+        if isinstance(module, shard.InStep | zero.Zero):
             return module.policy
         return self._accelerator.unwrap_model(module, keep_fp32_wrapper=False)
 
@@ -113,17 +119,22 @@ class Processes:
 
     def full_weights(self, policy: Policy) -> dict[str, Tensor] | None:
         """Weights to save, on the first process; None when they are not spread. Every process must call this."""
-        model = policy.model
-        if shard.is_sharded(policy):
-            # Of a PEFT model only what trains is saved.
-            return shard.full_weights(model, keep=self.is_main, trained_only=hasattr(model, "peft_config"))
-        return None
+        if self.world == 1 or self.strategy not in ("fsdp2", "zero3"):
+            return None
+        # Of a PEFT model only what trains is saved.
+        trained_only = hasattr(policy.model, "peft_config")
+        # FSDP2 gathers by tensor: its whole weights may be in lower precision.
+        with self.whole(policy) if self.strategy == "zero3" else contextlib.nullcontext():
+            return shard.full_weights(policy.model, keep=self.is_main, trained_only=trained_only)
 
     # -- the step ------------------------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor) -> None:
         """Backpropagate."""
-        self._accelerator.backward(loss)
+        if self._zero is not None:
+            self._zero.backward(loss)
+        else:
+            self._accelerator.backward(loss)
 
     def autocast(self) -> Any:
         """Context in which the forward pass runs in the run's precision."""
@@ -132,12 +143,16 @@ class Processes:
     @contextlib.contextmanager
     def accumulate(self, module: Any, *, last: bool) -> Iterator[None]:
         """Exchange gradients only in the last pass of a step; spread ones in each, because nobody holds them whole."""
+        if isinstance(module, zero.Zero):
+            module.engine.set_gradient_accumulation_boundary(last)
         ddp = isinstance(module, torch.nn.parallel.DistributedDataParallel)
         with contextlib.nullcontext() if last or not ddp else module.no_sync():
             yield
 
     def clip(self, parameters: Sequence[Tensor], limit: float) -> float:
         """Scale gradients so that their norm is at most ``limit``; returns the norm before."""
+        if self._zero is not None:
+            return self._zero.clip()
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 

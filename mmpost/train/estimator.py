@@ -36,6 +36,7 @@ class Terms:
         kl_shift: Subtracted from M * rho * A; the gradient coefficient of beta times the KL penalty.
         objective: Value per position that the method's paper maximises, penalty included, for the log only.
         removed: Positions that each stabiliser sets to 0, counts in the order of the stabilisers.
+        clipped: Number of positions set to 0 because they went too far, not because of what the step looks like.
     """
 
     stabiliser: Tensor
@@ -44,6 +45,7 @@ class Terms:
     kl_shift: Tensor | None = None
     objective: Tensor | None = None
     removed: tuple[Tensor, ...] = ()
+    clipped: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,18 @@ class _Step:
     progress: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """Of a micro-batch: coefficients, shares in the mean, values, ``[M]`` each; sums for the log."""
+
+    kappa: Tensor
+    weight: Tensor
+    value: Tensor
+    kl: Tensor
+    clipped: Tensor
+    shares: list[Tensor]
+
+
 class Learner:
     """Policy, optimiser and method.
 
@@ -95,12 +107,14 @@ class Learner:
             progress: Share of the run that is done, in [0, 1].
 
         Returns:
-            Means over the step: ``nll``, ``entropy``, ``kl``, ``removed`` (share that some stabiliser sets to 0) and
-            ``removed/NAME`` of each, ``lost`` (share without a finite log-probability of the engine), ``gap`` to it
-            and ``demo_nll``, per position they are about, NaN without any; ``objective`` and ``surrogate`` of the step;
-            ``positions`` and ``grad_norm``. Nothing is updated when the gradient norm is not finite.
+            Means over the step: ``nll``, ``entropy``, ``kl``, ``removed`` (share that went too far for a stabiliser),
+            ``removed/NAME`` of each of several, ``lost`` (share without a finite log-probability of the engine),
+            ``gap`` to the engine and ``demo_nll``, per position they are about, NaN without any; ``objective`` and
+            ``surrogate`` of the step; ``positions`` and ``grad_norm``. Nothing is updated when the gradient norm is
+            not finite.
         """
-        batches = micro_batches(work.rows, self.micro_batch)
+        packs = self.processes.unwrap(self.policy).packs
+        batches = micro_batches(work.rows if packs else by_length(work.rows), self.micro_batch)
         step = self._measure(work, batches, progress)
         steps = self.processes.max(len(batches))
         sums = torch.zeros(len(SUMS) + len(self._names()) + 1, dtype=torch.float64)
@@ -178,46 +192,48 @@ class Learner:
             logp, entropy, *distances = self.policy(batch, self.temperature, others, bonus)
         every = self._positions(rows, logp, entropy, batch.row, step.progress)
         demo = torch.tensor([row.demo for row in rows], device=logp.device)[batch.row]
-        kappa, weight, value = (torch.zeros_like(every.logp) for _ in range(3))
-        kl, removed = logp.new_zeros(()), logp.new_zeros(())
-        shares = [logp.new_zeros(()) for _ in self._names()]
-        first = 0
-        for kind, parts in self._parts().items():
-            mask = demo == kind
-            here = _with_facts(every.select(mask), step.facts.get(kind, {}))
-            share = estimator.aggregation_weight(parts.aggregate, here.row, here.lengths, step.counts[kind])
-            weight[mask] = share.to(logp.dtype) * (self.method.demo_weight if kind else 1.0)
-            said = terms(parts, here)
-            kappa[mask] = estimator.coefficient(weight[mask], said)
-            value[mask] = said.objective if said.objective is not None else here.logp
-            removed += (said.stabiliser == 0).sum()
-            for offset, count in enumerate(said.removed):
-                shares[first + offset] = shares[first + offset] + count
-            first += len(said.removed)
-            other = parts.kl.other(here)
-            if other is not None:
-                kl += estimator.kl_value(here.logp, other).sum()
-        loss = estimator.surrogate(logp, kappa)
-        objective = (weight * value).sum()
+        said = self._coefficients(every, demo, step)
+        loss = estimator.surrogate(logp, said.kappa)
+        objective = (said.weight * said.value).sum()
         queue = iter(distances)
         for soft in self._soft:
             term = entropy if soft.kind == "entropy" else next(queue)
-            acts = weight if soft.rows == "all" else torch.where(demo == (soft.rows == "demo"), weight, 0.0)
+            acts = said.weight if soft.rows == "all" else torch.where(demo == (soft.rows == "demo"), said.weight, 0.0)
             total = soft.sign * soft.weight * (acts * term).sum()
             loss, objective = loss + total, objective - total.detach()
         # DDP averages gradients over processes; the counts are global already, so the average is undone. A pass that
         # only keeps processes in step has a gradient of exactly 0.
         self.processes.backward(loss * (self.processes.world if active else 0.0))
-        size = len(SUMS) + len(shares) + 1
+        size = len(SUMS) + len(said.shares) + 1
         if not active:
             return torch.zeros(size, dtype=torch.float64)
         nll, is_demo = -every.logp, demo.to(logp.dtype)
         gap = self._gap(every, ~demo)
         values = (
-            *(nll.sum(), entropy.detach().sum(), objective, loss.detach(), kl, removed, *gap),
-            *((nll * is_demo).sum(), is_demo.sum(), *shares, torch.tensor(len(logp))),
+            *(nll.sum(), entropy.detach().sum(), objective, loss.detach(), said.kl, said.clipped, *gap),
+            *((nll * is_demo).sum(), is_demo.sum(), *said.shares, torch.tensor(len(logp))),
         )
         return torch.stack([value.double().cpu() for value in values])
+
+    def _coefficients(self, every: Positions, demo: Tensor, step: _Step) -> _Said:
+        """What the parts of both kinds of rows say about the positions of a micro-batch."""
+        kappa, weight, value = (torch.zeros_like(every.logp) for _ in range(3))
+        kl, clipped = every.logp.new_zeros(()), every.logp.new_zeros(())
+        shares: list[Tensor] = []
+        for kind, parts in self._parts().items():
+            mask = demo == kind
+            here = replace(every.select(mask), facts=step.facts.get(kind, {}))
+            share = estimator.aggregation_weight(parts.aggregate, here.row, here.lengths, step.counts[kind])
+            weight[mask] = share.to(weight.dtype) * (self.method.demo_weight if kind else 1.0)
+            said = terms(parts, here)
+            kappa[mask] = estimator.coefficient(weight[mask], said)
+            value[mask] = said.objective if said.objective is not None else here.logp
+            clipped += said.clipped if said.clipped is not None else 0
+            shares += said.removed
+            other = parts.kl.other(here)
+            if other is not None:
+                kl += estimator.kl_value(here.logp, other).sum()
+        return _Said(kappa, weight, value, kl, clipped, shares)
 
     def _view(self, to: str, kind: Any, batch: Batch) -> Other:
         with self.processes.autocast():
@@ -306,13 +322,17 @@ class Learner:
         return self.processes.clip(parameters, self.max_grad_norm or float("inf"))
 
 
-def _with_facts(p: Positions, facts: Mapping[str, Mapping[str, float]]) -> Positions:
-    return replace(p, facts=facts)
-
-
 def _name(part: Any) -> str:
     """Of a stabiliser: its class, or its own name where it is a function."""
     return str(getattr(part, "__name__", type(part).__name__)).lower()
+
+
+def by_length(rows: Sequence[Row]) -> list[Row]:
+    """Rows of similar length side by side, so that padding wastes little; rows of one prompt stay neighbours."""
+    order: dict[int, int] = {}
+    for row in rows:
+        order.setdefault(id(row.encoded), len(order))
+    return sorted(rows, key=lambda row: (len(row.encoded), order[id(row.encoded)]))
 
 
 def micro_batches(rows: Sequence[Row], limit: int) -> list[list[Row]]:

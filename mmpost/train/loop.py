@@ -186,6 +186,9 @@ class Loop:
         else:
             values = {"loss": -metrics["objective"], "surrogate": metrics["surrogate"]}
             values |= {"clip_share": metrics["removed"], "logp_gap": metrics["gap"]}
+            values |= {name: metrics[name] for name in metrics if name.startswith("removed/") or name == "demo_nll"}
+            if metrics["lost"]:
+                values["engine_lost"] = metrics["lost"]
             if self.learner.penalises:
                 values["kl"] = metrics["kl"]
         values |= {"entropy": metrics["entropy"], "grad_norm": metrics["grad_norm"], **known, "phase_s": phases}

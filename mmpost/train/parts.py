@@ -90,11 +90,12 @@ def terms(parts: Parts, p: Positions) -> Terms:
     weight = parts.mismatch.weight(p)
     stabiliser = torch.ones_like(ratio) if weight is None else weight
     value = ratio * p.advantage * (p.logp if getattr(parts.denominator, "is_weight", False) else 1.0)
-    removed = []
+    removed, clipped = [], torch.zeros_like(ratio, dtype=torch.bool)
     for part in parts.stabilise:
         factor = part(p, ratio)
         stabiliser = stabiliser * factor
         removed.append((factor == 0).sum())
+        clipped = clipped if isinstance(part, Surveyor) else clipped | (factor == 0)
         value = part.value(p, ratio, value) if isinstance(part, Valued) else factor * value
     if weight is not None:
         value = weight * value
@@ -102,7 +103,7 @@ def terms(parts: Parts, p: Positions) -> Terms:
     if beta and other is not None and parts.kl.estimator != "k1_reward":
         shift, penalty = _penalty(parts.kl, beta, p, other, weight)
         value = value - penalty
-    return Terms(stabiliser, ratio, p.advantage, shift, value, tuple(removed))
+    return Terms(stabiliser, ratio, p.advantage, shift, value, tuple(removed), clipped.sum())
 
 
 def _penalty(kl: Kl, beta: float, p: Positions, other: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -119,11 +119,6 @@ def units(module: nn.Module) -> list[nn.Module]:
     return [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether any weight is spread over processes."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
-
-
 @contextlib.contextmanager
 def whole(policy: Policy) -> Iterator[None]:
     """Inside, every process has all weights of ``policy`` and may run it at its own pace.

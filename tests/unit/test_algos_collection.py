@@ -309,7 +309,7 @@ def test_a_third_of_the_rows_are_the_corners():
 
 def test_rows_fill_up_by_the_distance_of_error_and_doubt():
     wrong, right = q_tuning.choose(ERROR, DOUBT, 0.5)
-    # |ppl - H| of rows 2 .. 9 is 2, 1.1, .2, .7, 1.6, 2.5, 3.4, 4.3: the two largest are rows 9 and 8, errors above doubt.
+    # |ppl - H| of rows 2 to 9: 2, 1.1, .2, .7, 1.6, 2.5, 3.4, 4.3. Largest: rows 9 and 8, more wrong than unsure.
     assert np.flatnonzero(wrong).tolist() == [8, 9, 10, 11]
     assert np.flatnonzero(right).tolist() == [0, 1]
 

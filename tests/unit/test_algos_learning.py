@@ -549,6 +549,12 @@ def test_a_new_objective_is_one_file(tmp_path):
             "loss.aggregate is 'token', but the ratio 'seq' belongs to whole rows: long rows would count more than "
             "short ones. Use loss.aggregate=seq_mean, or seq_sum. [MMP-C036]",
         ),
+        (
+            "grpo",
+            {"kl": {"kl": "k1", "beta": 0.1}},
+            "loss.kl.kl is 'k1', whose gradient in the loss is 0 on average: it would hold nothing. "
+            "Use loss.kl.kl=k2, or k1_reward to take it off the reward. [MMP-C036]",
+        ),
         ("kdrl", {}, "'kdrl' needs a teacher. Set loss.teacher=FOLDER. [MMP-C036]"),
         (
             "grpo",
@@ -589,9 +595,9 @@ def test_an_engine_of_its_own_is_corrected_for_unless_told_otherwise():
     preset = grpo.preset
     assert choose("grpo", preset, LossSection()).rollout.mismatch.mode == "off"
     assert choose("grpo", preset, LossSection(), own_engine=False).rollout.mismatch == Mismatch("token_tis")
-    section = LossSection(engine={"mode": "seq_mask", "cap": 4.0})
+    section = LossSection(mismatch={"correction": "seq_mask", "cap": 4.0})
     assert choose("grpo", preset, section, own_engine=False).rollout.mismatch.limits() == (4.0, 0.0)
-    off = LossSection(engine={"mode": "off"})
+    off = LossSection(mismatch={"correction": "off"})
     assert choose("grpo", preset, off, own_engine=False).rollout.mismatch.mode == "off"
 
 

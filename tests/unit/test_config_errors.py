@@ -83,7 +83,8 @@ IN_FILE = [
     (
         "stabilise: clipp",
         "C004",
-        "a.yaml:1: loss.stabilise: expected 'clip', got 'clipp'; did you mean 'clip'?",
+        "a.yaml:1: loss.stabilise: expected one of clip, dual, delta, sapo, vespo, luffy, offseq, entropy_top, "
+        "clip_cov, got 'clipp'; did you mean 'clip'?",
     ),
     (
         "peft: {kind: lroa}",

@@ -9,7 +9,7 @@ from mmpost.config.schema import FullSettings, LoraSettings
 from mmpost.core.batch import Segment
 from mmpost.models import attention
 from mmpost.rollout.generate import Sampling, complete
-from mmpost.train.learner import micro_batches
+from mmpost.train.learner import by_length, micro_batches
 from mmpost.train.rows import Row
 
 one_family = pytest.mark.parametrize("family", ["qwen2.5-vl"])
@@ -217,6 +217,16 @@ def test_rows_of_a_prompt_stay_together(tiny_model, mixed_rows):
     assert [len(part) for part in micro_batches(rows, 4)] == [4, 4, 4]
     assert [len(part) for part in micro_batches(rows, 3)] == [3, 1, 3, 1, 3, 1]
     assert [row for part in micro_batches(rows, 3) for row in part] == rows
+
+
+@one_family
+def test_padded_batches_are_of_similar_length(tiny_model, mixed_rows):
+    prompts = [tiny_model.adapter.encode_prompt(sample.prompt()) for sample in mixed_rows]
+    rows = [Row(prompt, completion=np.arange(3)) for prompt in prompts for _ in range(2)]
+    ordered = by_length(rows)
+    assert sorted(map(id, ordered)) == sorted(map(id, rows))
+    assert [len(row.encoded) for row in ordered] == sorted(len(row.encoded) for row in rows)
+    assert [len(part) for part in micro_batches(ordered, 2)] == [2] * 5
 
 
 def test_models_without_plans_decode_with_transformers_cache(tiny_model, mixed_rows, monkeypatch):
