@@ -123,6 +123,21 @@ class Policy(nn.Module):
         states: Tensor = out.last_hidden_state
         return states.flatten(0, 1)
 
+    def continued(self, ids: Tensor, positions: Tensor, plan: attention.Plan) -> Tensor:
+        """Last hidden states of text that goes on behind what the plan has seen, ``[T, d]``.
+
+        Args:
+            ids: int64 ``[1, T]``.
+            positions: ``[A, 1, T]`` or ``[1, T]``.
+            plan: How the tokens attend.
+        """
+        with attention.planned():
+            out = attention.language_model(self.model)(
+                input_ids=ids, position_ids=positions, use_cache=False, plan=plan
+            )
+        states: Tensor = out.last_hidden_state
+        return states[0]
+
     def logits(self, states: Tensor) -> Tensor:
         """``[rows, V]`` logits, float32 or wider, from hidden states ``[rows, d]``."""
         return upcast(self.head(states))
@@ -168,4 +183,5 @@ class Policy(nn.Module):
 
     def num_parameters(self, *, trainable: bool = False) -> int:
         """Number of weights, all or those that train."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable)
+        # DeepSpeed leaves empty tensors where weights are spread, and notes their size.
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.parameters() if p.requires_grad or not trainable)

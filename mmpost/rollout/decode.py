@@ -109,11 +109,19 @@ class SharedDecoder:
         axes = self.adapter.position_axes
         positions = self.next.expand(axes, 1, -1) if axes > 1 else self.next[None]
         self.steps = int(self.length.max()) + 1
-        self.hidden = torch.arange(self.steps, device=self.device) > self.length[:, None]
-        self.ragged = bool(self.hidden.any())
-        states = self.policy.hidden({"input_ids": tokens[None], "position_ids": positions}, self)
+        self.ragged = bool((self.length + 1 != self.steps).any())
+        self.unseen = self._unseen()
+        states = self.policy.continued(tokens[None], positions, self)
         self.length, self.next = self.length + 1, self.next + 1
         return self.policy.logits(states)
+
+    def _unseen(self) -> Tensor | None:
+        """What each row must not see of its prompt's filling and of its own unused room, ``[R, 1, 1, P + steps]``."""
+        if not self.filled and not self.ragged:
+            return None
+        own = torch.arange(self.steps, device=self.device) > self.length[:, None]
+        prompt = torch.arange(int(self.prompt_length.max()), device=self.device) >= self.prompt_length[self.group, None]
+        return torch.cat([prompt, own], 1)[:, None, None]
 
     def keep(self, index: Tensor) -> None:
         """See ``Decoder``."""
@@ -139,9 +147,8 @@ class SharedDecoder:
         self.full = bool((counts == self.width).all())
         self.grid = torch.zeros(len(counts) * self.width, dtype=torch.long, device=self.device)
         self.grid[self.place] = torch.arange(len(self.group), device=self.device)
-        longest = int(self.prompt_length.max()) if len(counts) else 0
-        filling = torch.arange(longest, device=self.device) >= self.prompt_length[:, None]
-        self.filling = filling[:, None, None] if bool(filling.any()) else None
+        self.every = torch.arange(len(self.group), device=self.device)
+        self.filled = bool((self.prompt_length != self.prompt_length.max()).any()) if len(counts) else False
 
     def _reserve(self, tokens: int) -> None:
         if tokens <= self.capacity:
@@ -154,7 +161,7 @@ class SharedDecoder:
             )
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """One token per row against its prompt and its own tokens; the two softmaxes are joined by their sums.
+        """One token per row against its prompt and its own tokens, in one softmax.
 
         Shapes as in ``attention.Plan`` with ``T = R``.
         """
@@ -162,36 +169,32 @@ class SharedDecoder:
         kv_heads = key.shape[1]
         repeat = heads // kv_heads
         own_key, own_value = self.own[layer]
-        every = torch.arange(rows, device=query.device)
-        own_key[every, :, self.length], own_value[every, :, self.length] = key, value
+        if self.ragged:
+            own_key[self.every, :, self.length], own_value[self.every, :, self.length] = key, value
+        else:
+            own_key[:, :, self.steps - 1], own_value[:, :, self.steps - 1] = key, value
         query = query * (scale if scale is not None else width**-0.5)
-        mine = query.view(rows, kv_heads, repeat, width)
-        own = _weigh(
-            mine,
-            own_key[:, :, : self.steps],
-            own_value[:, :, : self.steps],
-            self.hidden[:, None, None] if self.ragged else None,
-        )
-        together = query if self.full else query[self.grid]
-        together = together.view(-1, self.width, kv_heads, repeat, width).transpose(1, 2).flatten(2, 3)
-        prompt = []
-        for part in _weigh(together, *self.prompt[layer], self.filling):
-            by_row = part.unflatten(2, (self.width, repeat)).transpose(1, 2).flatten(0, 1)
-            prompt.append(by_row if self.full else by_row[self.place])
-        high = torch.maximum(own[0], prompt[0])
-        a, b = (own[0] - high).exp(), (prompt[0] - high).exp()
-        out = (own[2] * a + prompt[2] * b) / (own[1] * a + prompt[1] * b)
-        return out.to(value.dtype).view(rows, heads, width)
-
-
-def _weigh(query: Tensor, key: Tensor, value: Tensor, masked: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest score, sum of exp(score - largest), and values weighted by these; the last axis is 1, 1, d."""
-    scores = upcast(query @ key.transpose(-1, -2))
-    if masked is not None:
-        scores = scores.masked_fill(masked, -torch.inf)
-    high = scores.amax(-1, keepdim=True)
-    weights = (scores - high).exp()
-    return high, weights.sum(-1, keepdim=True), upcast(weights.to(value.dtype) @ value)
+        own_key, own_value = (tensor[:, :, : self.steps].flatten(0, 1) for tensor in (own_key, own_value))
+        prompt_key, prompt_value = (tensor.flatten(0, 1) for tensor in self.prompt[layer])
+        own = torch.bmm(query.reshape(-1, repeat, width), own_key.transpose(1, 2)).unflatten(0, (rows, kv_heads))
+        grouped = query if self.full else query[self.grid]
+        grouped = grouped.view(-1, self.width, kv_heads, repeat, width).transpose(1, 2)
+        prompt = torch.bmm(grouped.reshape(-1, self.width * repeat, width), prompt_key.transpose(1, 2))
+        # [K * h, n * rep, P] -> [R, h, rep, P]
+        prompt = prompt.view(-1, kv_heads, self.width, repeat, prompt.shape[-1]).transpose(1, 2).flatten(0, 1)
+        prompt = prompt if self.full else prompt[self.place]
+        scores = upcast(torch.cat([prompt, own], -1))
+        if self.unseen is not None:
+            scores = scores.masked_fill(self.unseen, -torch.inf)
+        weights = scores.softmax(-1).to(value.dtype)
+        on_prompt, on_own = weights.split([prompt.shape[-1], self.steps], -1)
+        out = torch.bmm(on_own.reshape(-1, repeat, self.steps), own_value).view(rows, heads, width)
+        # And back: [R, h, rep, P] -> [K * h, n * rep, P]
+        on_prompt = on_prompt if self.full else on_prompt[self.grid]
+        on_prompt = on_prompt.unflatten(0, (-1, self.width)).transpose(1, 2)
+        read = torch.bmm(on_prompt.reshape(-1, self.width * repeat, prompt.shape[-1]), prompt_value)
+        read = read.view(-1, kv_heads, self.width, repeat, width).transpose(1, 2).reshape(-1, heads, width)
+        return out + (read if self.full else read[self.place])
 
 
 def _pair(tensors: Any) -> tuple[Tensor, Tensor]:

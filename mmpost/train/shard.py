@@ -22,6 +22,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mmpost.core.batch import Batch
 from mmpost.models.policy import Policy
 
+# Outputs of a tower that only lead to its features.
+NOT_TAKEN = ("last_hidden_state", "hidden_states", "attentions")
 # Inside the context, the module has all of its weights.
 Gather = Callable[[nn.Module], contextlib.AbstractContextManager[None]]
 
@@ -30,7 +32,7 @@ class InStep(nn.Module):
     """A policy of which every process runs the same units in every pass.
 
     Gathering a unit's weights is a joint act. A process whose rows hold no medium would not run the tower and leave
-    the others waiting, so it runs the tower on the smallest medium and adds the features with factor 0. Ids are never
+    the others waiting, so it runs the tower on a small medium and adds the features with factor 0. Ids are never
     touched.
 
     Attributes:
@@ -44,7 +46,7 @@ class InStep(nn.Module):
 
         Args:
             policy: The policy.
-            dummy: Model arguments of the smallest medium; empty for a model without a tower.
+            dummy: Model arguments of a small medium; empty for a model without a tower.
             largest: Largest value over processes.
             gather: Context in which this wrapper has all weights.
         """
@@ -57,28 +59,39 @@ class InStep(nn.Module):
 
     def forward(self, batch: Batch, *args: Any, **kwargs: Any) -> Any:
         """What the policy says; every process must call this at the same time."""
-        extra = self._tower_without_medium(batch)
-        out = self.policy(batch, *args, **kwargs)
-        if extra is None or not extra.requires_grad:
-            return out
-        # Backward then runs through decoder and tower in the order of the processes that have media: autograd takes
-        # later nodes first, and the tower ran first.
-        if isinstance(out, Tensor):
-            return out + 0.0 * extra.to(out.dtype)
-        first, *rest = out
-        return (first + 0.0 * extra.to(first.dtype), *rest)
+        with self._dummy_medium(batch) if self._misses_medium(batch) else contextlib.nullcontext():
+            return self.policy(batch, *args, **kwargs)
 
-    def _tower_without_medium(self, batch: Batch) -> Tensor | None:
-        """Sum of the dummy's features when another process has media and this one has none."""
+    def _misses_medium(self, batch: Batch) -> bool:
+        """Whether another process has media and this one has none."""
+        if not self._dummy:
+            return False
         has = any(name in batch.inputs for name in self._dummy)
-        if not self._dummy or not self._largest(int(has)) or has:
-            return None
+        return bool(self._largest(int(has))) and not has
+
+    @contextlib.contextmanager
+    def _dummy_medium(self, batch: Batch) -> Iterator[None]:
+        """Inside, the tower runs where it runs for rows with media: behind the embedding of the ids.
+
+        Units are thus used in the same order, forwards and backwards, as on a process that has media.
+        """
         self._dummy = {name: tensor.to(batch.at.device) for name, tensor in self._dummy.items()}
-        features = self.policy.inner.base_model.get_image_features(**self._dummy)
-        # All outputs, so that every weight of the tower has a gradient here if it has one elsewhere.
-        leaves = tree_leaves(dict(features) if hasattr(features, "items") else features)
-        sums = [leaf.float().sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        return torch.stack(sums).sum()
+
+        def add(module: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
+            features = self.policy.inner.base_model.get_image_features(**self._dummy)
+            # What the language model takes, no more and no less, so that gradients go the same way as elsewhere.
+            taken = features
+            if hasattr(features, "items"):
+                taken = {name: value for name, value in features.items() if name not in NOT_TAKEN}
+            leaves = tree_leaves(taken)
+            sums = [leaf.float().sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            return embedded + (0.0 * torch.stack(sums).sum()).to(embedded.dtype)
+
+        hook = self.policy.inner.get_input_embeddings().register_forward_hook(add)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def shard(

@@ -98,7 +98,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Nothing: ``clip`` has stepped."""
 
     def full_state(self, *, keep: bool) -> dict[str, Any]:

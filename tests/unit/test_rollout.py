@@ -61,7 +61,7 @@ def test_each_prompt_is_prefilled_once_and_each_picture_encoded_once(open_tiny, 
         )
 
     def saw_tokens(module, args, kwargs):
-        decoded.append(tuple(kwargs["inputs_embeds"].shape[:2]))
+        decoded.append(tuple(kwargs.get("inputs_embeds", kwargs.get("input_ids")).shape[:2]))
 
     tower.register_forward_pre_hook(saw_pixels, with_kwargs=True)
     decoder.register_forward_pre_hook(saw_tokens, with_kwargs=True)
@@ -87,7 +87,7 @@ def test_small_batches_still_prefill_each_prompt_once(open_tiny, mixed_rows, fam
     seen = []
 
     def saw_tokens(module, args, kwargs):
-        seen.append(kwargs["inputs_embeds"].shape[1])
+        seen.append(kwargs.get("inputs_embeds", kwargs.get("input_ids")).shape[1])
 
     decoder.register_forward_pre_hook(saw_tokens, with_kwargs=True)
     _complete(model, prompts, n=4, batch_size=8, tokens=3)
