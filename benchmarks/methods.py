@@ -92,9 +92,9 @@ def start(out: Path, seed: int) -> list[float]:
     return train(["sft", SFT, f"train.seed={seed}"], out / f"seed-{seed}" / "start")
 
 
-def teacher(out: Path, seed: int) -> None:
+def teacher(out: Path) -> None:
     """A better model for presets that learn from one: the same, trained five times as long."""
-    train(["sft", SFT, f"train.seed={seed}", "train.max_steps=800"], out / f"seed-{seed}" / "teacher")
+    train(["sft", SFT, "train.seed=0", "train.max_steps=800"], out / "teacher")
 
 
 def run(out: Path, preset: str, seed: int, steps: int) -> list[float]:
@@ -104,7 +104,7 @@ def run(out: Path, preset: str, seed: int, steps: int) -> list[float]:
     words = [plan.command, config, f"train.seed={seed}", f"train.max_steps={steps}", f"loss.preset={preset}"]
     words += [f"model.model_name_or_path={base / 'start' / 'final'}", *plan.words]
     if preset == "kdrl":
-        words.append(f"loss.teacher={base / 'teacher' / 'final'}")
+        words.append(f"loss.teacher={out / 'teacher' / 'final'}")
     return train(words, base / preset)
 
 
@@ -123,7 +123,7 @@ def record(out: Path, preset: str, seeds: Sequence[int], steps: int, pool: Threa
     plan = PLANS[preset]
     before = list(pool.map(lambda seed: start(out, seed), seeds))
     if preset == "kdrl":
-        list(pool.map(lambda seed: teacher(out, seed), seeds))
+        teacher(out)
     after = list(pool.map(lambda seed: run(out, preset, seed, steps), seeds))
     line: dict[str, object] = {"preset": preset, "steps": steps, "seeds": list(seeds), **compare(before, after)}
     line["accuracy"] = sum(map(sum, after)) / sum(map(len, after))

@@ -229,6 +229,13 @@ class Training:
             betas=(train.adam_beta1, train.adam_beta2),
             weight_decay=train.weight_decay,
         )
+        spread = processes.strategy == "zero3" and processes.world > 1
+        if spread and isinstance(config, GRPOConfig) and config.rollout.engine == "vllm":
+            raise MmpostError(
+                "MMP-C061",
+                "rollout.engine is vllm, which cannot take the weights of train.strategy=zero3.",
+                "Set train.strategy=fsdp2 or zero2, or rollout.engine=native.",
+            )
         policy, optimizer = processes.prepare_training(model.policy, model.adapter, adamw, clip=train.max_grad_norm)
         grpo = config.grpo if isinstance(config, GRPOConfig) else None
         learner = Learner(

@@ -7,6 +7,7 @@ frame is used.
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import zlib
@@ -96,6 +97,7 @@ def encode(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+@functools.cache
 def _formats() -> list[str]:
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]

@@ -83,9 +83,7 @@ def complete(
     return [done[i : i + n] for i in range(0, len(done), n)]
 
 
-def _decode(
-    policy: Policy, adapter: Adapter, prompts: Sequence[Encoded], n: int, rows: _Rows, room: int
-) -> None:
+def _decode(policy: Policy, adapter: Adapter, prompts: Sequence[Encoded], n: int, rows: _Rows, room: int) -> None:
     """Run all prompts, ``room`` of them at a time; a prompt enters when the rows of others have ended."""
     waiting = deque(range(len(prompts)))
     live = np.empty(0, dtype=np.int64)

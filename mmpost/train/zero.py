@@ -161,7 +161,9 @@ def start(
         MmpostError: MMP-E010 when DeepSpeed is not installed.
     """
     library = deepspeed()
-    wrapped = InStep(policy, dummy, largest, lambda _: contextlib.nullcontext())
+    # Stage 3 keeps the gradient of an earlier step for a weight that has none in this one, so that the tower runs in
+    # every pass, whether or not any process has media.
+    wrapped = InStep(policy, dummy, largest if stage == 2 else lambda _: 1, lambda _: contextlib.nullcontext())
     weights = [weight for weight in policy.parameters() if weight.requires_grad]
     # Sizes are the learner's affair; DeepSpeed must not divide by any.
     settings: dict[str, Any] = {

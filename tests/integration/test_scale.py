@@ -1,8 +1,10 @@
 """Weights spread over processes, several machines, and the launcher: the numbers stay those of one process."""
 
+import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -159,6 +161,32 @@ def test_a_spread_run_goes_on_where_it_stopped(mixed):
     # A checkpoint does not know how weights were spread.
     run(["resume", "runs/alone"], 1)
     assert_same(mixed / "runs/whole", mixed / "runs/alone")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_deepspeed_trains_and_goes_on_as_one_process_does(mixed, strategy):
+    spread = f"train.strategy={strategy}"
+    run([*SFT, "output_dir=runs/one"])
+    run([*SFT, spread, "output_dir=runs/two"], 2)
+    assert_same(mixed / "runs/one", mixed / "runs/two")
+    assert_close_weights(mixed / "runs/one", mixed / "runs/two")
+    (mixed / "runs/two/status.json").unlink()
+    shutil.copytree(mixed / "runs/two", mixed / "runs/alone")
+    run(["resume", "runs/two"], 2)
+    assert_same(mixed / "runs/one", mixed / "runs/two")
+    run(["resume", "runs/alone"], 1)
+    assert_same(mixed / "runs/one", mixed / "runs/alone")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_deepspeed_rolls_out_as_one_process_does(mixed, strategy):
+    words = [*GRPO, "peft.kind=lora", "loss.kl.beta=0.1", "num_iterations=2", "max_steps=4"]
+    run([*words, "output_dir=runs/one"])
+    run([*words, f"train.strategy={strategy}", "output_dir=runs/two"], 2)
+    assert_same(mixed / "runs/one", mixed / "runs/two", "grpo")
+    assert_close_weights(mixed / "runs/one", mixed / "runs/two")
 
 
 def test_two_machines(mixed):

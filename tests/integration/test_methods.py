@@ -1,0 +1,32 @@
+"""Every preset learns: held-out accuracy over three seeds, from the embedded task's own starting weights."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from benchmarks.methods import PLANS, record
+from mmpost.algos import ALGOS
+
+SEEDS = (0, 1, 2)
+STEPS = 60
+
+
+def test_every_preset_has_a_plan():
+    assert sorted(PLANS) == sorted(ALGOS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("methods")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("preset", list(PLANS))
+def test_it_beats_its_start(preset, folder):
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        line = record(folder, preset, SEEDS, STEPS, pool)
+    assert line["ci"][0] > 0, line
+    if PLANS[preset].against is not None:
+        assert line[f"over_{PLANS[preset].against}"]["ci"][0] > 0, line
