@@ -86,18 +86,26 @@ def measure(name: str, args: argparse.Namespace, weights: Path, scratch: Path) -
         bf16=args.bf16,
         freeze_vision=args.freeze_vision,
     )
-    racers = {"mmpost": (run_mmpost, job), "trl": (run_trl, replace(job, folder=str(scratch / "trl")))}
+    ours = replace(job, mmpost={"tokens_per_pass": args.tokens_per_pass or None})
+    racers = {"mmpost": (run_mmpost, ours), "trl": (run_trl, replace(job, folder=str(scratch / "trl")))}
     if args.trl_no_checkpointing:
         plain = replace(job, folder=str(scratch / "trl_no_ckpt"), trl={"gradient_checkpointing": False})
         racers["trl_no_ckpt"] = (run_trl, plain)
     runs = lockstep.race(racers, rounds=args.steps, warmup=args.warmup, together=not args.one_at_a_time)
-    shape = {"batch": BATCH, "fill": round(fill(drawn, weights), 3)}
+    shape = {"batch": BATCH, "tokens_per_pass": args.tokens_per_pass, "fill": round(fill(drawn, weights), 3)}
     return report.record(f"{name}-frozen" if args.freeze_vision else name, runs, shape | options.facts(args))
 
 
 def main() -> None:
     """Measure the chosen cases."""
-    args = options.parser(str(__doc__).splitlines()[0], "sft_vs_trl.jsonl").parse_args()
+    parser = options.parser(str(__doc__).splitlines()[0], "sft_vs_trl.jsonl")
+    parser.add_argument(
+        "--tokens-per-pass",
+        type=int,
+        default=768,
+        help="mmpost splits its packed passes above this; its step is the same for every value; 0 never splits",
+    )
+    args = parser.parse_args()
     options.prepare(args)
     if args.list:
         print("\n".join(CASES))

@@ -245,6 +245,7 @@ class Training:
             processes,
             method,
             micro_batch=train.per_device_train_batch_size,
+            tokens=train.tokens_per_pass,
             temperature=grpo.temperature if grpo else 1.0,
             max_grad_norm=train.max_grad_norm,
             max_length=grpo.max_completion_length if grpo else 1,
@@ -340,6 +341,8 @@ class Training:
             workers=config.data.workers,
             on_bad_row=config.data.on_bad_row,
             on_long=config.data.on_long,
+            # In one pass no row is drawn twice, and remembering them would only take memory.
+            reuse=self._passes(data) > 1,
         )
         if config.data.verify == "auto" and sum(len(source) for source in data) <= ENCODE_ALL_UP_TO:
             stream.check_all()
@@ -360,6 +363,14 @@ class Training:
             batches = math.ceil(config.train.num_train_epochs * rows / config.grpo.prompts_per_step)
             return config.train.max_steps or max(1, batches * updates)
         return config.train.max_steps or max(1, math.ceil(config.train.num_train_epochs * rows / self._rows_per_step()))
+
+    def _passes(self, data: list[Data]) -> float:
+        """How often the run draws each row, on average."""
+        config, steps = self.config, self._steps(data)
+        drawn = float(steps * self._rows_per_step())
+        if isinstance(config, GRPOConfig):
+            drawn = steps * config.grpo.prompts_per_step / (config.grpo.mini_batches * config.grpo.num_iterations)
+        return drawn / max(sum(len(source) for source in data), 1)
 
     def _progress(self, model: LoadedModel, total: int, data: list[Data], folder: RunFolder | None) -> Progress | None:
         if folder is None:

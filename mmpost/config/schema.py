@@ -125,6 +125,9 @@ class TrainSection(Settings):
         None, ge=1, description="rows per optimiser step over all processes; results then do not depend on their number"
     )
     per_device_train_batch_size: int = Field(8, ge=1, description="rows per forward pass on one device")
+    tokens_per_pass: int | None = Field(
+        None, ge=1, description="split forward passes above this many tokens; the step stays the same, memory shrinks"
+    )
     gradient_accumulation_steps: int | None = Field(
         None, ge=1, description="forward passes per optimiser step; derived when batch_size is given"
     )

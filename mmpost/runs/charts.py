@@ -21,7 +21,7 @@ KNOWN = (
     ("completion_length", "Completion length", "tokens, mean"),
     ("entropy", "Entropy", "nats per token under the sampling policy"),
     ("kl", "KL to the start", "nats per token"),
-    ("logp_gap", "Rollout against trainer", "mean absolute difference of token probabilities"),
+    ("logp_gap", "Rollout against trainer", "mean absolute difference of token log-probabilities"),
     ("clip_share", "Clipped share", "share of tokens outside the clip range"),
     ("grad_norm", "Gradient norm", "before clipping"),
     ("lr", "Learning rate", ""),

@@ -6,6 +6,7 @@ Knows neither a modality nor a method: it gets rows with advantages and a ``Meth
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -81,11 +82,13 @@ class Learner:
         temperature: float = 1.0,
         max_grad_norm: float = 1.0,
         max_length: int = 1,
+        tokens: int | None = None,
         others: Mapping[str, View] | None = None,
     ) -> None:
         self.policy, self.adapter, self.optimizer, self.processes = policy, adapter, optimizer, processes
         self.method, self.micro_batch, self.temperature = method, micro_batch, temperature
         self.max_grad_norm, self.max_length, self.others = max_grad_norm, max_length, dict(others or {})
+        self.tokens = tokens
         self._soft = tuple(soft for soft in method.soft if soft.weight)
 
     @property
@@ -114,7 +117,7 @@ class Learner:
             not finite.
         """
         packs = self.processes.unwrap(self.policy).packs
-        batches = micro_batches(work.rows if packs else by_length(work.rows), self.micro_batch)
+        batches = micro_batches(work.rows if packs else by_length(work.rows), self.micro_batch, self.tokens)
         step = self._measure(work, batches, progress)
         steps = self.processes.max(len(batches))
         sums = torch.zeros(len(SUMS) + len(self._names()) + 1, dtype=torch.float64)
@@ -174,7 +177,7 @@ class Learner:
         report = {name: found[name] / (positions or nan) for name in ("nll", "entropy", "kl", "removed", "lost")}
         # These two are sums of already weighted positions, not means.
         report |= {"objective": found["objective"], "surrogate": found["surrogate"]}
-        report["gap"] = found["gap"] / found["compared"] if found["compared"] else 0.0
+        report["gap"] = found["gap"] / (found["compared"] or nan)
         report["demo_nll"] = found["demo_nll"] / (found["demos"] or nan)
         names = self._names()
         if len(names) > 1:
@@ -305,7 +308,7 @@ class Learner:
         policy.eval()
         out: list[tuple[np.ndarray, np.ndarray]] = []
         with torch.no_grad(), self.processes.whole(policy), self.processes.autocast():
-            for part in micro_batches(rows, self.micro_batch):
+            for part in micro_batches(rows, self.micro_batch, self.tokens):
                 batch = self._batch(part)
                 sizes = torch.bincount(batch.row, minlength=len(part)).tolist()
                 found = [value.float().cpu().split(sizes) for value in policy(batch, self.temperature)]
@@ -335,18 +338,41 @@ def by_length(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (len(row.encoded), order[id(row.encoded)]))
 
 
-def micro_batches(rows: Sequence[Row], limit: int) -> list[list[Row]]:
-    """Rows in order, at most ``limit`` together; rows of one prompt are parted only when they exceed the limit.
+def micro_batches(rows: Sequence[Row], limit: int, tokens: int | None = None) -> list[list[Row]]:
+    """Rows in order, at most ``limit`` and about ``tokens`` tokens together.
 
-    Each part of a parted group carries the prompt again, which is exact and only slower.
+    Rows of one prompt are parted only when they exceed a limit by themselves. Each part then carries the prompt again,
+    which is exact and only slower. A single row may exceed ``tokens``.
     """
     out: list[list[Row]] = []
+    room = tokens or sys.maxsize
+    used = 0
     for _, found in itertools.groupby(rows, key=lambda row: id(row.encoded)):
-        group = list(found)
-        for start in range(0, len(group), limit):
-            piece = group[start : start + limit]
-            if out and len(out[-1]) + len(piece) <= limit:
+        for piece in _pieces(list(found), limit, room):
+            size = _tokens(piece)
+            if out and len(out[-1]) + len(piece) <= limit and used + size <= room:
                 out[-1].extend(piece)
+                used += size
             else:
                 out.append(piece)
+                used = size
     return out
+
+
+def _pieces(group: Sequence[Row], limit: int, room: int) -> list[list[Row]]:
+    """Rows of one prompt, parted where they exceed a limit."""
+    out: list[list[Row]] = []
+    for row in group:
+        if out and len(out[-1]) < limit and _tokens([*out[-1], row]) <= room:
+            out[-1].append(row)
+        else:
+            out.append([row])
+    return out
+
+
+def _tokens(rows: Sequence[Row]) -> int:
+    """Tokens of rows of one prompt: the prompt once, whole conversations each by itself."""
+    shared = any(row.completion is not None for row in rows)
+    alone = sum(row.completion is None for row in rows)
+    behind = sum(len(row.completion) for row in rows if row.completion is not None)
+    return (alone + shared) * len(rows[0].encoded) + behind

@@ -96,10 +96,10 @@ class Drawn:
 
 
 class EncodeCache:
-    """Encodes a sample once and remembers it while memory lasts."""
+    """Encodes a sample once and remembers it while memory lasts, if it will be asked for again."""
 
-    def __init__(self, encode: Callable[[Sample], Encoded]) -> None:
-        self._encode = encode
+    def __init__(self, encode: Callable[[Sample], Encoded], *, reuse: bool) -> None:
+        self._encode, self.reuse = encode, reuse
         self._kept: OrderedDict[tuple[int, int], Encoded] = OrderedDict()
         self._bytes = 0
 
@@ -109,6 +109,8 @@ class EncodeCache:
             self._kept.move_to_end(place)
             return self._kept[place]
         encoded = self._encode(sample)
+        if not self.reuse:
+            return encoded
         self._kept[place] = encoded
         self._bytes += _size(encoded)
         while self._bytes > CACHE_BYTES and len(self._kept) > 1:
@@ -138,7 +140,8 @@ class _WorkerRows(Dataset[Any]):
 class RowStream:
     """Endless rows of this process, drawn in an order that does not depend on the number of processes.
 
-    Every step draws ``count`` rows for all processes together; each process encodes only its own slice.
+    Every step draws ``count`` rows for all processes together; each process encodes only its own slice. With ``reuse``
+    encoded rows are remembered for the next time that they are drawn.
 
     Attributes:
         dropped: Errors of rows that were left out, each row once.
@@ -157,11 +160,12 @@ class RowStream:
         workers: int = 0,
         on_bad_row: Literal["error", "skip", "quarantine"] = "error",
         on_long: Literal["error", "drop"] = "error",
+        reuse: bool = True,
     ) -> None:
         self.sources, self.count, self.rank, self.world = sources, count, rank, world
         self._sampler_args = ([len(source) for source in sources], weights, seed)
         self._sampler = self._new_sampler()
-        self._encode = EncodeCache(encode)
+        self._encode = EncodeCache(encode, reuse=reuse)
         self._raw_encode = encode
         self._workers = workers
         self._loader: Iterator[Any] | None = None
@@ -181,6 +185,7 @@ class RowStream:
             MmpostError: All faults at once.
         """
         faults = []
+        self._encode.reuse = True
         for s, source in enumerate(self.sources):
             for r, sample in enumerate(source):
                 try:

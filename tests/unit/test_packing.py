@@ -10,7 +10,7 @@ from mmpost.core.batch import Segment
 from mmpost.models import attention
 from mmpost.rollout.generate import Sampling, complete
 from mmpost.train.learner import by_length, micro_batches
-from mmpost.train.rows import Row
+from mmpost.train.rows import Row, RowStream
 
 one_family = pytest.mark.parametrize("family", ["qwen2.5-vl"])
 
@@ -220,6 +220,20 @@ def test_rows_of_a_prompt_stay_together(tiny_model, mixed_rows):
 
 
 @one_family
+def test_passes_keep_to_a_number_of_tokens(tiny_model, mixed_rows):
+    prompts = [tiny_model.adapter.encode_prompt(sample.prompt()) for sample in mixed_rows[:2]]
+    long, short = max(map(len, prompts)), min(map(len, prompts))
+    rows = [Row(prompt, completion=np.arange(5)) for prompt in prompts for _ in range(4)]
+    assert [len(part) for part in micro_batches(rows, 100, long + short + 40)] == [8]
+    assert [len(part) for part in micro_batches(rows, 100, long + short + 39)] == [4, 4]
+    assert [len(part) for part in micro_batches(rows[4:], 100, len(prompts[1]) + 10)] == [2, 2]
+    # A row that is longer by itself still runs.
+    assert [len(part) for part in micro_batches(rows, 100, 1)] == [1] * 8
+    whole = [Row(tiny_model.adapter.encode(mixed_rows[0]))] * 3
+    assert [len(part) for part in micro_batches(whole, 100, 2 * len(whole[0].encoded))] == [2, 1]
+
+
+@one_family
 def test_padded_batches_are_of_similar_length(tiny_model, mixed_rows):
     prompts = [tiny_model.adapter.encode_prompt(sample.prompt()) for sample in mixed_rows]
     rows = [Row(prompt, completion=np.arange(3)) for prompt in prompts for _ in range(2)]
@@ -252,3 +266,18 @@ def test_models_without_plans_decode_with_transformers_cache(tiny_model, mixed_r
             for mine, theirs in zip(first, second, strict=True):
                 assert mine.tokens.tolist() == theirs.tokens.tolist()
                 assert np.abs(mine.logp - theirs.logp).max() < 1e-5
+
+
+@one_family
+@pytest.mark.parametrize(("reuse", "calls"), [(True, 3), (False, 6)])
+def test_rows_are_remembered_only_when_they_come_again(tiny_model, mixed_rows, reuse, calls):
+    seen = []
+
+    def encode(sample):
+        seen.append(sample.id)
+        return tiny_model.adapter.encode(sample)
+
+    stream = RowStream([mixed_rows[:3]], [1.0], encode, count=3, rank=0, world=1, seed=0, reuse=reuse)
+    first, second = stream.next(), stream.next()
+    assert sorted(row.sample.id for row in first) == sorted(row.sample.id for row in second)
+    assert len(seen) == calls
