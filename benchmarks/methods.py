@@ -70,7 +70,7 @@ PLANS: dict[str, Plan] = {
     "reinforce_ada": Plan(words=OFF_POLICY),
     "noisy": Plan(words=OFF_POLICY),
     "luffy": Plan(words=OFF_POLICY),
-    "hpt": Plan(against="sft"),
+    "hpt": Plan(words=("loss.args.gamma=4", *DEMONSTRATIONS), against="sft"),
     "kdrl": Plan(against="sft"),
 }
 
