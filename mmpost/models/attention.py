@@ -27,7 +27,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mmpost.core.batch import Segment
 
 PREFIX = "mmpost_"
-# Query-key pairs that cost as much as one more attention call (its launch, gathers and scatters).
+# The cost rule counts query-key pairs. These two are estimates for small CPU models, where both ways are close to each
+# other wherever the rule is in doubt. Pairs that cost as much as one more call (its launch, gathers and scatters):
 CALL_PAIRS = 30_000
 # Moving one key and value into a branch's own copy costs as much as this many query-key pairs.
 COPY_PAIRS = 2

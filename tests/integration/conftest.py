@@ -67,6 +67,46 @@ def project(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return folder
 
 
+# A reward that fails once, when the number in the file ``trip`` has been counted down.
+TRIPPING = """
+from pathlib import Path
+
+def vowels(prompts, completions, **columns):
+    trip = Path("trip")
+    if trip.is_file():
+        left = int(trip.read_text()) - 1
+        trip.write_text(str(left))
+        if left == 0:
+            trip.unlink()
+            raise RuntimeError("tripped")
+    texts = [completion[-1]["content"] for completion in completions]
+    return [SCORE for text in texts]
+"""
+
+
+@pytest.fixture
+def judge(project: Path) -> Callable[[str], None]:
+    """Writes ``judge.py`` with a reward that scores ``text`` by an expression and can be made to fail."""
+
+    def write(score: str) -> None:
+        (project / "judge.py").write_text(TRIPPING.replace("SCORE", score))
+
+    return write
+
+
+@pytest.fixture
+def sparse(project: Path) -> Path:
+    """The project with a picture in every fifth row only, so that in most passes a process has none."""
+    for name in ("sft.jsonl", "grpo.jsonl"):
+        rows = [json.loads(line) for line in (project / name).read_text().splitlines()]
+        for number, row in enumerate(rows):
+            if number % 5:
+                row["images"] = []
+                row["messages"][0]["content"] = row["messages"][0]["content"].replace("<image>", "")
+        (project / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return project
+
+
 @pytest.fixture
 def mmpost(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """The command line in this process, with what it wrote to both streams."""

@@ -19,25 +19,11 @@ GRPO = [
     *("grpo", "grpo.yaml", *SHARED, "prompts_per_step=4", "num_generations=4", "max_completion_length=6"),
     *("mini_batches=2", "num_iterations=2", "loss.kl.beta=0.05", "rewards=[judge.py:vowels]"),
 ]
-JUDGE = """
-from pathlib import Path
-
-def vowels(prompts, completions, **columns):
-    trip = Path("trip")
-    if trip.is_file():
-        left = int(trip.read_text()) - 1
-        trip.write_text(str(left))
-        if left == 0:
-            trip.unlink()
-            raise RuntimeError("tripped")
-    texts = [completion[-1]["content"] for completion in completions]
-    return [sum(letter in "aeiou" for letter in text) / (1 + len(text)) for text in texts]
-"""
 
 
 @pytest.fixture
-def judged(project):
-    (project / "judge.py").write_text(JUDGE)
+def judged(project, judge):
+    judge('sum(letter in "aeiou" for letter in text) / (1 + len(text))')
     return project
 
 

@@ -9,22 +9,6 @@ WORDS = [
     *("prompts_per_step=4", "num_generations=4", "max_completion_length=6", "rewards=[judge.py:vowels]"),
     "loss.aggregate=token",
 ]
-# Fails once, when the number in the file ``trip`` has been counted down. Some groups have spread and some do not, so
-# that dynamic sampling has something to drop and something to carry.
-JUDGE = """
-from pathlib import Path
-
-def vowels(prompts, completions, **columns):
-    trip = Path("trip")
-    if trip.is_file():
-        left = int(trip.read_text()) - 1
-        trip.write_text(str(left))
-        if left == 0:
-            trip.unlink()
-            raise RuntimeError("tripped")
-    texts = [completion[-1]["content"] for completion in completions]
-    return [float(sum(letter in "aeiou" for letter in text) > 4) for text in texts]
-"""
 
 
 def _lines(folder):
@@ -37,8 +21,9 @@ def _lines(folder):
     [["loss.preset=riskpo", "loss.args={bundle: 2, credit: uniform}"], ["loss.preset=dapo", "loss.args={carry: true}"]],
     ids=["riskpo", "dapo"],
 )
-def test_state_of_a_method_survives_a_stop(mmpost, project, method):
-    (project / "judge.py").write_text(JUDGE)
+def test_state_of_a_method_survives_a_stop(mmpost, project, judge, method):
+    # Some groups have spread and some do not, so that dynamic sampling has something to drop and something to carry.
+    judge('float(sum(letter in "aeiou" for letter in text) > 4)')
     assert mmpost(*WORDS, *method, "output_dir=runs/whole").code == 0
     whole = _lines(project / "runs" / "whole")
     calls = sum(int(row.get("draw", {}).get("rounds", 1)) for row in whole[:4])

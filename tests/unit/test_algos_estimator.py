@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mmpost.algos import asft, bnpo, cispo, dft, dr_grpo, grpo, gspo, luffy, luspo, ppo, reinforce, sapo, sft, vespo
+from mmpost.algos import bnpo, cispo, dft, dr_grpo, grpo, gspo, luffy, luspo, ppo, reinforce, sapo, sft, vespo
 from mmpost.train import estimator
 from mmpost.train.denominators import OWN, capped
 from mmpost.train.estimator import Counts
@@ -480,22 +480,6 @@ def test_neither_split_nor_order_of_a_step_changes_a_coefficient(name):
     for order in (torch.arange(12), shuffled):
         for sizes in ([3] * 4, [1] * 12, [5, 4, 3]):
             torch.testing.assert_close(_kappa_by_row(SPLIT[name], x, order, sizes), whole, rtol=1e-12, atol=0)
-
-
-def test_a_row_twice_as_long_weighs_twice_as_much_in_dr_grpo_and_the_same_in_grpo():
-    row, lengths = torch.tensor([0] * 3 + [1] * 6), torch.tensor([3, 6])
-    for name, factor in (("const", 2.0), ("seq_mean", 1.0), ("token", 2.0), ("seq_sum", 2.0)):
-        weight = estimator.aggregation_weight(name, row, lengths, Counts(9, 2, 20))
-        assert float(weight[row == 1].sum() / weight[row == 0].sum()) == pytest.approx(factor)
-
-
-def test_asft_is_dft_and_a_term_over_the_vocabulary():
-    method = asft.preset(weight=0.25, direction="reverse")
-    assert method.demo == dft.preset().demo
-    assert [(soft.kind, soft.weight, soft.to) for soft in method.soft] == [("reverse_kl", 0.25, "reference")]
-    assert asft.preset().soft[0].kind == "forward_kl"
-    assert method.compares("reference")
-    assert not asft.preset(weight=0.0).compares("reference")
 
 
 def test_capped_ratios_keep_their_gradient():

@@ -476,29 +476,12 @@ def test_no_row_of_odd_values_raises_anything_else(seed):
         {"url": 3},
         [{"from": 1}],
     ]
+    # fmt: off
     names = [
-        "messages",
-        "conversations",
-        "prompt",
-        "images",
-        "image",
-        "videos",
-        "audio",
-        "query",
-        "response",
-        "id",
+        "messages", "conversations", "prompt", "images", "image", "videos", "audio", "query", "response", "id", "chosen",
+        "rejected", "history", "instruction", "input", "output", "question", "answer", "system", "reward_model",
+        "completion",
     ]
-    names += [
-        "chosen",
-        "rejected",
-        "history",
-        "instruction",
-        "input",
-        "output",
-        "question",
-        "answer",
-        "system",
-    ]
-    names += ["reward_model", "completion"]
+    # fmt: on
     row = {str(name): odd[rng.integers(len(odd))] for name in rng.choice(names, size=rng.integers(0, 7))}
     assert all(text.startswith("d.jsonl:1: ") for text in texts_of(row))

@@ -210,3 +210,10 @@ def test_a_completion_without_a_score_is_left_out_of_its_group():
     assert a[0] == 0.5
     assert np.isnan(a[1])
     assert a[2] == -0.5
+
+
+def test_a_row_twice_as_long_weighs_twice_as_much_in_dr_grpo_and_the_same_in_grpo():
+    row, lengths = torch.tensor([0] * 3 + [1] * 6), torch.tensor([3, 6])
+    for name, factor in (("const", 2.0), ("seq_mean", 1.0), ("token", 2.0), ("seq_sum", 2.0)):
+        weight = estimator.aggregation_weight(name, row, lengths, Counts(9, 2, 20))
+        assert float(weight[row == 1].sum() / weight[row == 0].sum()) == pytest.approx(factor)

@@ -4,12 +4,14 @@ import functools
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmpost.config.schema import FullSettings, LoraSettings, ModelSection
 from mmpost.core.errors import MmpostError
 from mmpost.models import policy as policy_module
 from mmpost.models.load import _checkpoint_language_model, load, part_of
+from mmpost.models.policy import Other, token_logprob
 
 # For what has nothing to do with the family.
 one_family = pytest.mark.parametrize("family", ["qwen2.5-vl"])
@@ -100,6 +102,23 @@ def test_the_head_in_chunks_gives_the_same_numbers_and_gradients(open_tiny, mixe
         assert torch.allclose(entropy_parts, entropy, atol=1e-6)
         for name, parameter in model.policy.named_parameters():
             assert torch.allclose(parameter.grad, gradients[name], atol=1e-5), name
+
+
+def test_golden_divergences():
+    p = torch.tensor([[0.25, 0.5, 0.25]]).double().log().requires_grad_()
+    q = torch.tensor([[0.5, 0.25, 0.25]]).double().log()
+    others = [Other(q, nn.Identity(), "forward_kl"), Other(q, nn.Identity(), "reverse_kl")]
+    _, entropy, forward, reverse = token_logprob(p, nn.Identity(), torch.tensor([1]), 1.0, others, True)
+    for value, size, gradient in (
+        (forward, 0.1733, (-0.25, 0.25, 0)),
+        (reverse, 0.1733, (-0.2166, 0.2599, -0.0433)),
+        (entropy, 1.0397, (0.0866, -0.1733, 0.0866)),
+    ):
+        assert float(value.detach()) == pytest.approx(size, abs=1e-4)
+        found = torch.autograd.grad(value.sum(), p, retain_graph=True)[0]
+        assert found[0].tolist() == pytest.approx(gradient, abs=1e-4)
+    grad_free = token_logprob(p, nn.Identity(), torch.tensor([1]), 1.0)[1]
+    assert not grad_free.requires_grad
 
 
 class _Largest(TorchDispatchMode):
