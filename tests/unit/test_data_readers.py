@@ -478,9 +478,9 @@ def test_no_row_of_odd_values_raises_anything_else(seed):
     ]
     # fmt: off
     names = [
-        "messages", "conversations", "prompt", "images", "image", "videos", "audio", "query", "response", "id", "chosen",
-        "rejected", "history", "instruction", "input", "output", "question", "answer", "system", "reward_model",
-        "completion",
+        "messages", "conversations", "prompt", "images", "image", "videos", "audio", "query", "response", "id",
+        "chosen", "rejected", "history", "instruction", "input", "output", "question", "answer", "system",
+        "reward_model", "completion",
     ]
     # fmt: on
     row = {str(name): odd[rng.integers(len(odd))] for name in rng.choice(names, size=rng.integers(0, 7))}
