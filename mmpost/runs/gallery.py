@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpost.runs.records import is_number, read_jsonl
+from mmpost.runs.thumbs import data_uri
 
 MAX_TEXT = 1500  # characters of one text; the rest is in the sample file
 MAX_PICTURES = 4  # per sample
@@ -109,8 +109,7 @@ def picture(folder: Path, thumb: Any) -> str | None:
     file = (folder / thumb).resolve()
     if not file.is_relative_to(folder.resolve()) or not file.is_file():
         return None
-    kind = {".png": "png", ".webp": "webp", ".gif": "gif"}.get(file.suffix, "jpeg")
-    return f"data:image/{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+    return data_uri(file.read_bytes())
 
 
 def _training_card(row: dict[str, Any], folder: Path) -> Card:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 from pathlib import Path
@@ -59,3 +60,9 @@ def encode_thumb(ref: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=88)
     return buffer.getvalue()
+
+
+def data_uri(content: bytes) -> str:
+    """A picture as a data URI; the kind is read from its first bytes."""
+    kinds = {b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif"}
+    return f"data:image/{kinds.get(content[:4], 'jpeg')};base64,{base64.b64encode(content).decode()}"
