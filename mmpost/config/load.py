@@ -20,10 +20,10 @@ from mmpost.config import keys
 from mmpost.config.check import Checker, ambiguous, canonical, with_items
 from mmpost.config.document import Node, Origin, Problems, from_python, join, merge, parse, read, shown
 from mmpost.config.dump import leaves, to_yaml
-from mmpost.config.schema import RunConfig
+from mmpost.config.schema import Settings
 from mmpost.core.errors import MmpostError
 
-C = TypeVar("C", bound=RunConfig)
+C = TypeVar("C", bound=Settings)
 
 COMMAND_LINE = "command line"
 _OVERRIDE = re.compile(r"([A-Za-z_][\w.-]*?)(\+?)=(.*)", re.DOTALL)
@@ -181,7 +181,7 @@ def _is_config(file: Path) -> bool:
 class _Files:
     """Reads config files with what they extend."""
 
-    def __init__(self, config_class: type[RunConfig], problems: Problems) -> None:
+    def __init__(self, config_class: type[Settings], problems: Problems) -> None:
         self.config_class, self.problems, self.layers = config_class, problems, 0
 
     def read(self, name: str, parent: Node | None, open_files: tuple[Path, ...]) -> Node:
@@ -249,7 +249,7 @@ def _on_layer(node: Node, layer: int) -> Node:
 class _Overrides:
     """Applies the command line to the merged files."""
 
-    def __init__(self, config_class: type[RunConfig], problems: Problems, origin: Origin) -> None:
+    def __init__(self, config_class: type[Settings], problems: Problems, origin: Origin) -> None:
         self.config_class, self.problems = config_class, problems
         self.here = Node(None, origin)
 

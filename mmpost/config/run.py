@@ -12,20 +12,18 @@ from pydantic import ConfigDict, Field, field_validator
 from mmpost.config.check import config_values
 from mmpost.config.dump import leaves, to_yaml
 from mmpost.config.load import load
-from mmpost.config.schema import GrpoSection, RewardSpec, RolloutSection, RunConfig
+from mmpost.config.schema import GrpoSection, RewardSpec, RolloutSection, RunConfig, Settings
 from mmpost.core.errors import MmpostError
 
 _TIMES = "\N{MULTIPLICATION SIGN}"
 _VALID = "Valid gradient_accumulation_steps with this micro-batch:"
 
 
-class CommandConfig(RunConfig):
-    """What the configurations of all commands can do."""
+class Options(Settings):
+    """What the configurations of all commands can do, whatever their sections are."""
 
     # A command needs one of these classes; building the validators of the others would slow down every start.
     model_config = ConfigDict(defer_build=True)
-
-    command: ClassVar[Literal["sft", "grpo"]]
 
     def __init__(self, **values: Any) -> None:
         """Take sections and bare option names alike.
@@ -53,7 +51,7 @@ class CommandConfig(RunConfig):
         """All options as YAML; ``from_yaml`` gives an equal configuration."""
         return to_yaml(self, {}, {})
 
-    def diff(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
+    def diff(self, other: Settings) -> dict[str, tuple[Any, Any]]:
         """Options that differ, as dotted name: (here, there); None where an option is missing on one side.
 
         Lists of sources or rewards are compared item by item when they are equally long, else as a whole.
@@ -67,6 +65,14 @@ class CommandConfig(RunConfig):
         }
 
 
+class CommandConfig(Options, RunConfig):
+    """The configurations of commands that train a model on rows."""
+
+    model_config = ConfigDict(defer_build=True)
+
+    command: ClassVar[Literal["sft", "grpo", "upt"]]
+
+
 class SFTConfig(CommandConfig):
     """Supervised fine-tuning.
 
@@ -75,7 +81,7 @@ class SFTConfig(CommandConfig):
     20
     """
 
-    command: ClassVar[Literal["sft", "grpo"]] = "sft"
+    command: ClassVar[Literal["sft", "grpo", "upt"]] = "sft"
 
 
 class GRPOConfig(CommandConfig):
@@ -85,7 +91,7 @@ class GRPOConfig(CommandConfig):
     'format'
     """
 
-    command: ClassVar[Literal["sft", "grpo"]] = "grpo"
+    command: ClassVar[Literal["sft", "grpo", "upt"]] = "grpo"
 
     grpo: GrpoSection = Field(default_factory=GrpoSection)
     rollout: RolloutSection = Field(default_factory=RolloutSection)

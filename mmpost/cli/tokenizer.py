@@ -1,0 +1,291 @@
+"""``mmpost tokenizer``: train, measure, post-train, use and look at image tokenizers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmpost.cli.image_data import (
+    AsJson,
+    Bad,
+    Batch,
+    CropOption,
+    DataOption,
+    Limit,
+    Split,
+    image_size_of,
+    open_data,
+    progress_line,
+    require_extra,
+    resolve,
+    say,
+    show_help,
+)
+
+if TYPE_CHECKING:
+    from mmpost_tokenizers.images import ImageSet
+
+# Options of the training commands are KEY=VALUE words, which our own loader reads with file and line.
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app = typer.Typer(help="Train, measure and use image tokenizers.", no_args_is_help=True)
+
+TRAIN_HELP = """Train a discrete image tokenizer.
+
+  mmpost tokenizer train configs/tokenizers/demo.yaml train.output_dir=runs/tokenizer
+  mmpost tokenizer train configs/tokenizers/robustok_imagenet256.yaml data.train=imagenet/train data.eval=imagenet/val
+
+"""
+POSTTRAIN_HELP = """Post-train the decoder of a tokenizer on codes that look generated.
+
+  mmpost tokenizer posttrain runs/tokenizer --generator runs/generator data.train=images/ posttrain.sigma=0.8
+
+"""
+Checkpoint = Annotated[str, typer.Argument(help="run folder, checkpoint or hub id of a tokenizer")]
+
+
+@app.command(context_settings={**PASS_THROUGH, "help_option_names": []})
+def train(context: typer.Context) -> None:
+    """Train a discrete tokenizer: mmpost tokenizer train CONFIG.yaml key=value ..."""
+    from mmpost.cli import launch
+    from mmpost.config.load import load, resolved_yaml, split_arguments
+    from mmpost_tokenizers.options import TokenizerConfig
+
+    if show_help(TokenizerConfig, context.args, TRAIN_HELP):
+        return
+    wanted, args = launch.split(context.args)
+    files, overrides = split_arguments(args)
+    loaded = load(TokenizerConfig, files, overrides)
+    if wanted is not None and launch.needed(wanted):
+        raise typer.Exit(launch.start(wanted, ["tokenizer", "train", *args]))
+    run_training(loaded.config, ["mmpost", "tokenizer", "train", *args], resolved_yaml(loaded))
+
+
+def run_training(config: Any, command: list[str], config_yaml: str) -> Path:
+    """Train with a checked configuration; returns the run folder."""
+    require_extra()
+    from mmpost_tokenizers.session import TokenizerSession
+
+    session = TokenizerSession(config, command=command, config_yaml=config_yaml, resolve=resolve)
+    output = session.run()
+    if session.processes.is_main:
+        done = "this run was already finished" if session.was_finished else "done"
+        sys.stderr.write(f"{done}: {output / 'final'}  report: {output / 'report.html'}\n")
+    return output
+
+
+def resume_training(run: Path, *, gpus: int | None, processes: int | None) -> None:
+    """Continue an interrupted run from its last checkpoint; behind ``mmpost resume``."""
+    from mmpost.cli import launch
+    from mmpost.config.load import load
+    from mmpost_tokenizers.options import TokenizerConfig
+
+    loaded = load(TokenizerConfig, [run / "config.yaml"], [f"train.output_dir={run}", "train.overwrite=false"])
+    counts = [f"--{kind}={count}" for kind, count in (("gpus", gpus), ("processes", processes)) if count is not None]
+    wanted, _ = launch.split(counts)
+    if wanted is not None and launch.needed(wanted):
+        raise typer.Exit(launch.start(wanted, ["resume", str(run)]))
+    run_training(loaded.config, ["mmpost", "resume", str(run)], (run / "config.yaml").read_text())
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Checkpoint,
+    data: DataOption,
+    split: Split = None,
+    limit: Limit = None,
+    crop: CropOption = "center",
+    quarantine: Bad = False,
+    features: Annotated[str, typer.Option(help="weights file, random-conv or auto")] = "auto",
+    curves: Annotated[str | None, typer.Option(help="perturb: also a page with the score by share of tokens")] = None,
+    batch_size: Batch = 64,
+    as_json: AsJson = False,
+    out: Annotated[Path | None, typer.Option(help="folder for results.json and report.html")] = None,
+) -> None:
+    """Reconstruction scores, clean and perturbed (15 settings); called FID only with the Inception weights."""
+    from mmpost.core.errors import MmpostError
+
+    if curves not in (None, "perturb"):
+        raise MmpostError("MMP-C117", f"--curves {curves} is not known.", "Known: perturb.")
+    require_extra()
+    from mmpost_tokenizers.using import evaluate_checkpoint
+
+    images = open_data(data, image_size=image_size_of(checkpoint), split=split, limit=limit, crop=crop, bad=quarantine)
+    results = evaluate_checkpoint(
+        checkpoint, images, features=features, batch_size=batch_size, out=out, curves=curves is not None
+    )
+    say(results, as_json=as_json, skip=("curve", "grid"))
+    if out is not None:
+        sys.stderr.write(f"results: {out / 'results.json'}  report: {out / 'report.html'}\n")
+
+
+@app.command()
+def inspect(
+    checkpoint: Checkpoint,
+    data: DataOption,
+    split: Split = None,
+    limit: Limit = 512,
+    crop: CropOption = "center",
+    quarantine: Bad = False,
+    out: Annotated[Path, typer.Option(help="the page")] = Path("inspect.html"),
+    as_json: AsJson = False,
+) -> None:
+    """Pictures of a tokenizer: reconstructions, the same perturbed, use of codes, neighbours of codes, pFD by alpha."""
+    require_extra()
+    from mmpost_tokenizers.using import inspect_checkpoint
+
+    images = open_data(data, image_size=image_size_of(checkpoint), split=split, limit=limit, crop=crop, bad=quarantine)
+    say(inspect_checkpoint(checkpoint, images, out), as_json=as_json)
+    sys.stderr.write(f"page: {out}\n")
+
+
+@app.command()
+def encode(
+    checkpoint: Checkpoint,
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help=".npz or .safetensors file")],
+    split: Split = None,
+    limit: Limit = None,
+    crop: CropOption = "center",
+    quarantine: Bad = False,
+    batch_size: Batch = 64,
+) -> None:
+    """Images to codes in one file."""
+    require_extra()
+    from mmpost_tokenizers.using import encode_images
+
+    images = open_data(data, image_size=image_size_of(checkpoint), split=split, limit=limit, crop=crop, bad=quarantine)
+    count, shape = encode_images(checkpoint, images, out, batch_size=batch_size)
+    sys.stderr.write(f"{count} images, codes {list(shape)} each: {out}\n")
+
+
+@app.command()
+def decode(
+    checkpoint: Checkpoint,
+    codes: Annotated[Path, typer.Argument(help=".npz or .safetensors file of encode, pretokenize or generator sample")],
+    out: Annotated[Path, typer.Option(help="folder for PNG files")],
+    batch_size: Batch = 64,
+) -> None:
+    """Codes to PNG files."""
+    require_extra()
+    from mmpost_tokenizers.using import decode_codes
+
+    sys.stderr.write(f"{decode_codes(checkpoint, codes, out, batch_size=batch_size)} images: {out}\n")
+
+
+@app.command()
+def pretokenize(
+    checkpoint: Checkpoint,
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="folder for codes.safetensors")],
+    crops: Annotated[int, typer.Option(help="views per image: 1, 2, 5 or 10")] = 1,
+    split: Split = None,
+    limit: Limit = None,
+    crop: CropOption = "center",
+    quarantine: Bad = False,
+    batch_size: Batch = 64,
+    workers: Annotated[int, typer.Option(min=0, help="processes that decode images")] = 0,
+) -> None:
+    """Codes of a whole image set, for training a generator; an interrupted call goes on where it was."""
+    require_extra()
+    from mmpost_tokenizers.generator.pretokenize import pretokenize as run
+    from mmpost_tokenizers.generator.pretokenize import source_size
+    from mmpost_tokenizers.session import open_tokenizer
+
+    tokenizer = open_tokenizer(checkpoint)
+    size = source_size(tokenizer.config.image_size, crops)
+    images = open_data(data, image_size=size, split=split, limit=limit, crop=crop, bad=quarantine)
+    codes = run(images, tokenizer, out, crops=crops, batch_size=batch_size, workers=workers, progress=progress_line)
+    sys.stderr.write(f"{len(codes)} images, {codes.crops} crops, codes {list(codes.layout.shape)} each: {out}\n")
+
+
+@app.command()
+def bridge(
+    vae: Annotated[str, typer.Argument(help="folder or hub id of a diffusers.AutoencoderKL")],
+    levels: Annotated[int, typer.Option(min=2, help="levels per channel")] = 64,
+    value_range: Annotated[
+        float, typer.Option("--range", help="scaled latents of +-this lie at the ends of the level axis")
+    ] = 5.0,
+    scheme: Annotated[str, typer.Option(help="gaussian (paper), uniform or lloyd")] = "gaussian",
+    mode: Annotated[str, typer.Option(help="paper: one scale; channel: shift and scale of each channel")] = "paper",
+    data: Annotated[str | None, typer.Option("--data", help="images that the scale is measured on")] = None,
+    split: Split = None,
+    limit: Limit = 1024,
+    crop: CropOption = "center",
+    quarantine: Bad = False,
+    image_size: Annotated[int | None, typer.Option(help="default: that of the VAE")] = None,
+    dims: Annotated[
+        str, typer.Option(help="auto: order channels by their low frequencies, from --data; none")
+    ] = "auto",
+    max_saturation: Annotated[float, typer.Option(help="largest share of latents beyond the levels")] = 0.01,
+    out: Annotated[Path, typer.Option(help="folder for the tokenizer")] = Path("runs/bridge"),
+    as_json: AsJson = False,
+) -> None:
+    """Discrete tokens from a continuous VAE, without training (TokenBridge)."""
+    require_extra()
+    from mmpost_tokenizers.bridging import bridge_vae
+
+    def images(size: int) -> ImageSet | None:
+        if data is None:
+            return None
+        return open_data(data, image_size=size, split=split, limit=limit, crop=crop, bad=quarantine)
+
+    results = bridge_vae(
+        vae,
+        out,
+        images=images,
+        image_size=image_size,
+        order=dims == "auto",
+        levels=levels,
+        value_range=value_range,
+        scheme=scheme,
+        mode=mode,
+        max_saturation=max_saturation,
+    )
+    say(results, as_json=as_json)
+    sys.stderr.write(f"tokenizer: {out}\n")
+
+
+@app.command(context_settings=PASS_THROUGH)
+def posttrain(
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    generator: Annotated[str, typer.Option(help="run folder of a generator of this tokenizer's codes")],
+    out: Annotated[Path, typer.Option(help="run folder")] = Path("runs/posttrain"),
+) -> None:
+    """Post-train the decoder on generated-looking codes: CKPT --generator G [CONFIG.yaml] key=value ..."""
+    from mmpost.config.load import load, resolved_yaml, split_arguments
+    from mmpost_tokenizers.options import PosttrainConfig
+
+    files, overrides = split_arguments(context.args)
+    loaded = load(PosttrainConfig, files, overrides)
+    run_posttraining(loaded.config, checkpoint, generator, out, resolved_yaml(loaded))
+
+
+def run_posttraining(config: Any, checkpoint: str, generator: str, out: Path, config_yaml: str) -> dict[str, Any]:
+    """Post-train with a checked configuration; returns the summary."""
+    require_extra()
+    from mmpost_tokenizers.posttraining import run_posttrain
+
+    summary = run_posttrain(config, checkpoint, generator, out, config_yaml=config_yaml, resolve=resolve)
+    say(summary, as_json=False)
+    sys.stderr.write(f"done: {out / 'final'}\n")
+    return summary
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for all stages, summary.json and report.html")] = Path(
+        "runs/demo-tokenizer"
+    ),
+    seeds: Annotated[str, typer.Option(help="comma-separated seeds")] = "0",
+    steps: Annotated[int | None, typer.Option(min=10, help="steps of each tokenizer, for a trial")] = None,
+) -> None:
+    """Tokenizers with and without perturbation, a generator, decoder post-training and TokenBridge on two cores."""
+    require_extra()
+    from mmpost.cli.demo_tokenizer import run_demo
+
+    run_demo(out, [int(seed) for seed in seeds.split(",")], steps=steps)
