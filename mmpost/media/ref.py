@@ -15,9 +15,12 @@ from urllib.parse import unquote, unquote_to_bytes
 from mmpost.core.errors import MmpostError
 
 _DATA_URI = re.compile(r"data:(?P<type>[^;,]*)(?P<options>(?:;[^,]*)*),", re.IGNORECASE)
-# What the first bytes of JPEG, PNG, GIF, WebP/WAV and TIFF look like in base64. Without such a start a text
-# is a path: most short names are valid base64 too.
-_BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
+# What the first bytes of JPEG, PNG, GIF, WebP/WAV, TIFF, FLAC, Ogg, MP3 with a tag, Matroska and MP4 look like in
+# base64. Without such a start a text is a path: most short names are valid base64 too.
+_BASE64_STARTS = (
+    *("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK"),
+    *("ZkxhQ", "T2dnU", "SUQzB", "SUQzA", "GkXfo", "AAAAGGZ0eX", "AAAAHGZ0eX", "AAAAIGZ0eX"),
+)
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 _BASE64_MIN_CHARS = 64
 
