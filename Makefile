@@ -4,10 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 0
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo demo-tokenizer demo-upt demo-mixture test test-slow lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/mmpost demo --out runs/demo --seeds $(SEEDS)
+
+demo-mixture: $(VENV)/.ready
+	$(BIN)/python -m mmpost.cli.demo_mixture --out runs/demo-mixture
+
+demo-upt: $(VENV)/.ready
+	$(BIN)/mmpost demo-upt --out runs/demo-upt --seeds $(SEEDS)
+
+demo-tokenizer: $(VENV)/.ready-tokenizers
+	$(BIN)/mmpost tokenizer demo --out runs/demo-tokenizer --seeds $(SEEDS)
 
 test: lint
 	$(BIN)/python -m pytest
@@ -25,6 +34,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("mmpost needs Python 3.11 or newer; set PYTHON=...") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.ready-tokenizers: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[tokenizers]"
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready

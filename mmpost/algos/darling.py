@@ -13,12 +13,13 @@ answer) or ``file.py:function`` of your own, from two texts to a bool. Factors b
 quality is negative, so quality is first shifted by the lowest one of the group when that is below 0.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mmpost.core.catalog import Catalog
 from mmpost.core.rollout import Group as Completed
 from mmpost.rewards.answers import same
+from mmpost.rewards.cluster import clusters
 from mmpost.rewards.extract import extract
 from mmpost.train.advantages import Group
 from mmpost.train.denominators import OLD
@@ -50,22 +51,6 @@ def same_ngram(first: str, second: str) -> bool:
 def same_answer(first: str, second: str) -> bool:
     """The same extracted answer; texts without one are different."""
     return same(extract(first), extract(second))
-
-
-def clusters(texts: Sequence[str], partition: Partition) -> list[int]:
-    """Number of the cluster of each text: connected components of the pairs that mean the same."""
-    root = list(range(len(texts)))
-
-    def find(i: int) -> int:
-        while root[i] != i:
-            i = root[i]
-        return i
-
-    for i, text in enumerate(texts):
-        for j in range(i):
-            if find(i) != find(j) and partition(texts[j], text):
-                root[find(i)] = find(j)
-    return [find(i) for i in range(len(texts))]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,8 +102,11 @@ def open_source(source: Source, section: DataSection, *, seed: int) -> Data:
     """Read one source of the configuration."""
     if source.path.startswith(TASK_PREFIX):
         task = Catalog("tasks", TASKS).get(source.path.removeprefix(TASK_PREFIX))
-        samples = task.load(source.split or "train", limit=source.limit, seed=seed)
-        return Data(source.name or task.name, samples, source.weight, is_task=True)
+        name = source.name or task.name
+        samples = [
+            replace(sample, source=name) for sample in task.load(source.split or "train", limit=source.limit, seed=seed)
+        ]
+        return Data(name, samples, source.weight, is_task=True)
     source = source.model_copy(update={"columns": {**section.columns, **source.columns}})
     table = read_source(source, on_bad_row=section.on_bad_row, max_bad_share=section.max_bad_share)
     return _of_table(table, source.weight)
@@ -124,20 +127,21 @@ def open_all(section: DataSection, *, seed: int) -> list[Data]:
     return [open_source(source, section, seed=seed) for source in section.train]
 
 
-def prepare(data: Sequence[Data], section: DataSection, *, command: Literal["sft", "grpo"]) -> None:
+def prepare(data: Sequence[Data], section: DataSection, *, command: Literal["sft", "grpo", "upt"]) -> None:
     """Make rows fit the command and look for faults before training: last roles, empty answers, ids, media files.
 
     Rows with faults are left out when the section says so, else all faults are raised at once.
     """
     faults: list[MmpostError] = []
+    use: Literal["sft", "grpo"] = "sft" if command == "sft" else "grpo"
     for source in data:
-        if source.is_task and command == "grpo":
+        if (source.is_task and use == "grpo") or command == "upt":
             source.samples = [sample.prompt() for sample in source.samples]
         media = section.verify
         if media == "auto":
             files = len({part.ref for sample in source for part in sample.media()})
             media = "decode" if files <= DECODE_ALL_UP_TO else "exists"
-        found = check.check(source.samples, command=command, media=media, id_scope={})
+        found = check.check(source.samples, command=use, media=media, id_scope={})
         if found and section.on_bad_row != "error":
             _leave_out(source, found, section)
         else:

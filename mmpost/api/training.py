@@ -19,19 +19,20 @@ from mmpost.api.evaluate import evaluate
 from mmpost.api.method import open_method, open_reference, open_teacher
 from mmpost.config.run import GRPOConfig, SFTConfig, check_batch
 from mmpost.config.schema import RewardSpec
+from mmpost.config.upt import UPTConfig
 from mmpost.core.batch import Encoded
 from mmpost.core.catalog import Catalog
 from mmpost.core.errors import MmpostError
 from mmpost.core.sample import Sample
 from mmpost.models.load import LoadedModel, load
 from mmpost.models.policy import Policy
-from mmpost.rewards.score import check_columns, resolve
+from mmpost.rewards.score import check_columns, check_sources, refuse_labels, resolve
 from mmpost.rollout.engine import Engine, Setup, open_engine
 from mmpost.runs.folder import WRITTEN, RunFolder, Status
 from mmpost.runs.live import Progress
 from mmpost.runs.report import write_report
 from mmpost.train import checkpoint, demos
-from mmpost.train.completions import Completions
+from mmpost.train.completions import LABEL, Completions
 from mmpost.train.distributed import Processes
 from mmpost.train.learner import Learner
 from mmpost.train.loop import Interrupted, Loop
@@ -100,7 +101,10 @@ class Training:
             # A misspelt task must not be found only after the training.
             Catalog("tasks", TASKS).get(name)
         rewards = resolve(self._reward_specs())
+        if isinstance(config, UPTConfig):
+            refuse_labels(rewards, config.vote.labels)
         data = self._open_data(method)
+        check_sources(rewards, {source.name: source.weight for source in data})
         for source in data:
             check_columns(rewards, source.samples)
         folder = self._open_folder(data)
@@ -138,6 +142,8 @@ class Training:
         if not isinstance(self.config, GRPOConfig):
             return []
         specs = list(self.reward_choice) if self.reward_choice is not None else list(self.config.rewards)
+        if isinstance(self.config, UPTConfig):
+            specs = [self.config.vote.reward(self.config.train.seed), *specs]
         if not specs:
             raise MmpostError("MMP-C032", "no rewards: rewards is empty.", "Set rewards=[answer, format].")
         return [RewardSpec(name=item) if isinstance(item, str) else item for item in specs]
@@ -288,6 +294,8 @@ class Training:
                 seed=train.seed,
                 num_samples=config.log.samples,
                 engine=self._engine,
+                labels=config.vote.labels if isinstance(config, UPTConfig) else (LABEL,),
+                blind=isinstance(config, UPTConfig),
             )
         progress = self._progress(model, total_steps, data, folder)
         loop = Loop(

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmpost import __version__
+from mmpost.cli import generator, tokenizer
+from mmpost.cli.mixture import mixture_app
 from mmpost.config.run import GRPOConfig, SFTConfig
+from mmpost.config.upt import UPTConfig
 
 if TYPE_CHECKING:
     from mmpost.api.training import Training
@@ -29,6 +32,9 @@ data_app = typer.Typer(help="Look at data before training on it.", no_args_is_he
 runs_app = typer.Typer(help="Browse run folders.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(runs_app, name="runs")
+app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(generator.app, name="generator")
+app.add_typer(mixture_app, name="mixture")
 
 EXAMPLES = {
     "sft": (
@@ -41,6 +47,12 @@ EXAMPLES = {
         "Reinforcement learning with verifiable rewards (GRPO).",
         "mmpost grpo configs/demo/grpo.yaml model.model_name_or_path=runs/sft/final",
         "mmpost grpo rows.jsonl model_name_or_path=runs/sft/final rewards=[answer,format] num_generations=8",
+    ),
+    "upt": (
+        "Learning without labels: GRPO on the majority vote of the completions (MM-UPT).",
+        "mmpost upt configs/demo/upt.yaml model.model_name_or_path=runs/demo/sft/final",
+        "mmpost upt questions.jsonl model_name_or_path=Qwen/Qwen2.5-VL-7B-Instruct max_completion_length=2048",
+        "mmpost upt pictures.jsonl --synthesize-questions=direct model_name_or_path=MODEL output_dir=runs/upt",
     ),
 }
 
@@ -55,6 +67,17 @@ def sft(context: typer.Context) -> None:
 def grpo(context: typer.Context) -> None:
     """RL with verifiable rewards: mmpost grpo CONFIG.yaml key=value ..."""
     _train(GRPOConfig, context.args)
+
+
+@app.command(context_settings=PASS_THROUGH)
+def upt(context: typer.Context) -> None:
+    """Learning without labels, by majority vote (MM-UPT): mmpost upt CONFIG.yaml key=value ..."""
+    args = list(context.args)
+    if any(word.partition("=")[0] == "--synthesize-questions" for word in args):
+        from mmpost.cli.questions import synthesize_first
+
+        args = synthesize_first(args)
+    _train(UPTConfig, args)
 
 
 def _train(config_class: type[SFTConfig] | type[GRPOConfig], args: list[str]) -> None:
@@ -119,8 +142,13 @@ def resume(
     if not config.is_file():
         raise MmpostError("MMP-E023", f"'{run}' is no run folder: it has no config.yaml.", "See mmpost runs list.")
     text = config.read_text()
-    # Only a GRPO configuration has a section of that name.
+    if "\ntokenizer:" in f"\n{text}":
+        tokenizer.resume_training(run, gpus=gpus, processes=processes)
+        return
+    # The sections tell the command: only those of GRPO and its kin have one for rollouts, only UPT one for the vote.
     config_class: type[SFTConfig] | type[GRPOConfig] = GRPOConfig if "\ngrpo:" in f"\n{text}" else SFTConfig
+    if config_class is GRPOConfig and "\nvote:" in f"\n{text}":
+        config_class = UPTConfig
     loaded = load(config_class, [config], [f"train.output_dir={run}", "train.overwrite=false"])
     counts = [f"--{kind}={count}" for kind, count in (("gpus", gpus), ("processes", processes)) if count is not None]
     wanted, _ = launch.split(counts)
@@ -183,6 +211,34 @@ def demo(
     first_light(out, [int(seed) for seed in seeds.split(",")], control=control)
 
 
+@app.command("demo-upt")
+def demo_upt(
+    out: Annotated[Path, typer.Option(help="folder for runs, summary.json and report.html")] = Path("runs/demo-upt"),
+    seeds: Annotated[str, typer.Option(help="comma-separated seeds")] = "0",
+) -> None:
+    """Learning without labels: the majority vote beside labels and beside random labels."""
+    from mmpost.cli.demo_upt import demo_upt as run_demo
+
+    run_demo(out, [int(seed) for seed in seeds.split(",")])
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False) -> None:
+    """Does this machine decode pictures, sound and video? Each decoder is tried on a file made on the spot."""
+    from dataclasses import asdict
+
+    from mmpost.media.probe import findings
+
+    found = findings()
+    if as_json:
+        sys.stdout.write(json.dumps({"decoders": [asdict(finding) for finding in found]}) + "\n")
+        return
+    for finding in found:
+        sys.stdout.write(f"{'ok' if finding.works else '--':<4}{finding.name:<14}{finding.detail}\n")
+        if finding.fix:
+            sys.stdout.write(f"    {finding.fix}\n")
+
+
 @app.command()
 def version(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """Versions of mmpost and of what it runs on."""
@@ -219,6 +275,82 @@ def data_check(
     )
     if faults:
         raise typer.Exit(3)
+
+
+@data_app.command("filter")
+def data_filter(
+    data: Annotated[list[str], typer.Argument(help="files, folders or task:NAME")],
+    model: Annotated[str, typer.Option(help="policy that is to be trained")],
+    out: Annotated[Path, typer.Option(help="JSONL file; the rollouts are kept beside it")],
+    keep: Annotated[str, typer.Option(help="any_correct, mixed or band")] = "any_correct",
+    low: Annotated[float, typer.Option(help="band: lowest share of correct rollouts")] = 0.0,
+    high: Annotated[float, typer.Option(help="band: highest share of correct rollouts")] = 1.0,
+    k: Annotated[int, typer.Option("-k", min=1, help="rollouts per row")] = 8,
+    reward: Annotated[str, typer.Option(help="says what is correct; majority_vote needs no labels")] = "answer",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="length limit of a rollout")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0.0, help="of the rollouts")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="nucleus of the rollouts")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of the rollouts")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="rollouts decoded together")] = 256,
+    media_root: Annotated[str | None, typer.Option(help="folder that relative media paths start from")] = None,
+    split: Annotated[str | None, typer.Option(help="split of a task or data set")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="use only the first rows of each source")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Keep the rows that a policy can learn from (RIF-RFT), by rollouts; the same command goes on after a stop."""
+    from mmpost.api.filtering import Rule
+    from mmpost.cli.questions import filter_data, open_sources
+    from mmpost.rollout.generate import Sampling
+
+    rule = Rule(keep, low, high)  # type: ignore[arg-type]
+    filter_data(
+        open_sources(data, media_root, split, limit),
+        model,
+        out,
+        rule,
+        k=k,
+        reward=reward,
+        sampling=Sampling(max_new_tokens, temperature, top_p, seed),
+        batch_size=batch_size,
+        as_json=as_json,
+    )
+
+
+@data_app.command("synthesize")
+def data_synthesize(
+    data: Annotated[list[str], typer.Argument(help="files, folders or task:NAME with pictures")],
+    model: Annotated[str, typer.Option(help="model that asks and answers")],
+    out: Annotated[Path, typer.Option(help="JSONL file; the replies are kept beside it")],
+    mode: Annotated[str, typer.Option(help="direct: from the picture; in_context: also from its question")] = "direct",
+    low: Annotated[float, typer.Option(help="lowest share of 8 answers that agree")] = 0.3,
+    high: Annotated[float, typer.Option(help="highest share of 8 answers that agree")] = 0.9,
+    min_words: Annotated[int, typer.Option(min=0, help="shortest question")] = 3,
+    suffix: Annotated[str, typer.Option(help="written behind each question")] = "Put the final answer in \\boxed{}.",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="length limit of questions and answers")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0.0, help="of the questions")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="completions decoded together")] = 256,
+    media_root: Annotated[str | None, typer.Option(help="folder that relative media paths start from")] = None,
+    split: Annotated[str | None, typer.Option(help="split of a task or data set")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="use only the first rows of each source")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """New questions for pictures, asked and filtered by the model itself; the same command goes on after a stop."""
+    from mmpost.api.questions import Wanted
+    from mmpost.cli.questions import open_sources, synthesize_data
+    from mmpost.rollout.generate import Sampling
+
+    synthesize_data(
+        open_sources(data, media_root, split, limit),
+        model,
+        out,
+        mode=mode,
+        wanted=Wanted(min_words, low, high),
+        suffix=suffix,
+        sampling=Sampling(max_new_tokens, temperature, seed=seed),
+        batch_size=batch_size,
+        as_json=as_json,
+    )
 
 
 @runs_app.command("list")

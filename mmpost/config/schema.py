@@ -70,6 +70,15 @@ class MediaSection(Settings):
         None, ge=1, description="largest image in pixels; null: the checkpoint's limit, at most 1003520"
     )
     min_pixels: int | None = Field(None, ge=1, description="smallest image in pixels; null: the checkpoint's limit")
+    fps: float = Field(2.0, gt=0, description="frames per second taken from videos")
+    max_frames: int = Field(64, ge=1, description="most frames of one video; longer ones are sampled more sparsely")
+    video_max_pixels: int = Field(602112, ge=1, description="larger video frames are shrunk to this many pixels")
+    sample_rate: int = Field(16000, ge=1000, le=768000, description="samples per second that sound is converted to")
+    max_audio_seconds: float = Field(30.0, gt=0, description="longest sound; longer ones are refused, never cut")
+    decoder: Literal["auto", "pyav", "torchcodec", "decord"] = Field(
+        "auto", description="video back end; auto: the first that is proven to decode here"
+    )
+    decode_timeout: float = Field(30.0, gt=0, description="seconds until a decode is stopped")
 
 
 class Source(Settings):
@@ -247,6 +256,7 @@ class RewardSpec(Settings):
     args: dict[str, Any] = Field({}, description="keyword arguments of the function")
     on_error: Literal["raise", "null"] = Field("raise", description="null: the score does not apply, and is counted")
     timeout: float = Field(60.0, gt=0, description="seconds for one call over a step's completions")
+    sources: list[str] = Field([], description="names of the data sources whose rows it scores; empty: all")
 
     @model_validator(mode="before")
     @classmethod

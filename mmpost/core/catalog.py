@@ -17,7 +17,10 @@ from typing import Any
 from mmpost.core.errors import MmpostError
 
 # Optional third-party modules and the extra that brings them.
-EXTRAS = {"datasets": "datasets", "num2words": "smolvlm", "gradio": "studio", "math_verify": "math", "vllm": "vllm"}
+EXTRAS = {
+    **{"datasets": "datasets", "num2words": "smolvlm", "gradio": "studio", "math_verify": "math", "vllm": "vllm"},
+    **dict.fromkeys(("diffusers", "timm", "torchmetrics", "vector_quantize_pytorch"), "tokenizers"),
+}
 
 
 class Catalog:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -39,8 +40,10 @@ class Group:
         prompt: The row without its answer.
         rollouts: The completions in generation order.
         uid: Number of the prompt in the run; random streams are keyed by it.
+        notes: What rewards that judge whole groups say about this one, by reward name.
     """
 
     prompt: Sample
     rollouts: list[Rollout]
     uid: int
+    notes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -18,5 +18,6 @@ REWARDS = {
     "soft_overlong": "mmpost.rewards.length:soft_overlong",
     "length": "mmpost.rewards.length:length",
     "repetition": "mmpost.rewards.length:repetition",
+    "majority_vote": "mmpost.rewards.majority_vote:majority_vote",
     "reasoning_pattern": "mmpost.rewards.reasoning:reasoning_pattern",
 }

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextvars import copy_context
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from mmpost.config.schema import RewardSpec
 from mmpost.core.errors import MmpostError
@@ -19,6 +19,22 @@ from mmpost.rewards.worker import describe
 from mmpost.rewards.workers import CallTimeout, WorkerError
 
 _FIX = "Return one number or None per completion."
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# What a function that judges whole groups gets beside prompts and completions; see ``mmpost.rewards.score``.
+GROUP_COLUMNS = ("group", "uid", "mean_logp")
+
+
+def judges_groups(function: Function) -> Function:
+    """Mark a reward that has to see all completions of a prompt together, such as a vote.
+
+    It is called with ``prompts``, ``completions``, ``completion_ids`` and ``GROUP_COLUMNS``, and with no column of the
+    data: what it says cannot depend on a label. When a prompt gets more completions later, it judges all of them again.
+    """
+    function.judges_groups = True  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass(slots=True)
@@ -31,6 +47,7 @@ class Reward:
         spec: Weight, options, failure policy, time limit.
         failures: Calls that failed under ``on_error=null``.
         stats: Counts of the latest step.
+        notes: What the latest call said about groups, by their number in it.
     """
 
     name: str
@@ -38,6 +55,12 @@ class Reward:
     spec: RewardSpec
     failures: int = 0
     stats: RewardStats = field(default_factory=RewardStats)
+    notes: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def judges_groups(self) -> bool:
+        """Whether it has to see all completions of a prompt together."""
+        return bool(getattr(inspect.unwrap(self.function), "judges_groups", False))
 
     @property
     def is_async(self) -> bool:
@@ -93,8 +116,10 @@ class Call:
             MmpostError: MMP-R120, MMP-R121 or MMP-R122 unless ``on_error`` is ``null``.
         """
         stats = self.watch.stats
+        self.reward.notes = {}
         try:
             scores = validated(self.reward.name, self._result(), self.count)
+            self.reward.notes = self.watch.notes
         except MmpostError as error:
             if self.reward.spec.on_error == "raise":
                 raise

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+from scipy.optimize import linear_sum_assignment
 
 from mmpost.rewards.extract import raw_answer, text_of
 
@@ -51,7 +51,7 @@ def boxes(
         overlap = overlaps(said, gold)
         return float(np.mean([f1(overlap >= threshold) for threshold in thresholds]))
 
-    return _score(completions, solution, credit, lambda text: _numbers(_BOX, text, 4), sizes=(4,))
+    return _score(completions, solution, credit, read_boxes, sizes=(4,))
 
 
 def points(
@@ -98,6 +98,11 @@ def f1(right: np.ndarray) -> float:
         return 1.0
     rows, at = linear_sum_assignment(right, maximize=True)
     return float(2 * right[rows, at].sum() / sum(right.shape))
+
+
+def read_boxes(text: str) -> np.ndarray:
+    """All boxes in the text, float64 ``[n, 4]`` with the smaller corner first."""
+    return _numbers(_BOX, text, 4)
 
 
 def overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:

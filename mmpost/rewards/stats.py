@@ -6,7 +6,7 @@ import math
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(slots=True)
@@ -70,11 +70,13 @@ class Watch:
         deadline: When the call has to be over, in seconds of ``time.monotonic``.
         on_error: ``null`` leaves out and counts what fails.
         stats: Where failures are counted.
+        notes: What a reward that judges whole groups wants to say about each, by the group's number in the call.
     """
 
     deadline: float = math.inf
     on_error: Literal["raise", "null"] = "raise"
     stats: RewardStats = field(default_factory=RewardStats)
+    notes: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def left(self) -> float:

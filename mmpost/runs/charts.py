@@ -16,6 +16,11 @@ KNOWN = (
     ("nll", "Negative log-likelihood", "nats per trained token"),
     ("reward.total", "Reward", "weighted sum, mean over completions"),
     ("reward.std_within", "Reward spread within groups", "standard deviation; 0 means nothing to learn"),
+    ("vote.agreement", "Vote agreement", "share of the completions of a question in the largest class of answers"),
+    ("vote.entropy", "Vote entropy", "nats over the classes of answers of a question; 0 means that all agree"),
+    ("vote.unparsed", "Completions without an answer", "share; they do not vote"),
+    ("vote.labelled", "Questions with a pseudo-label", "share; the others train nothing"),
+    ("vote.same_answer", "Most frequent pseudo-label", "share of the questions that got it; near 1 is a collapse"),
     ("zero_spread", "Groups without spread", "share of groups in which all rewards are equal"),
     ("truncated", "Truncated completions", "share cut by the length limit"),
     ("completion_length", "Completion length", "tokens, mean"),
@@ -30,9 +35,12 @@ KNOWN = (
 HIDDEN = {"step", "epoch", "time", "tokens_total", "nonfinite"}
 GROUPED = {
     "reward.by_name": "Reward by name",
+    "vote.accuracy": "Pseudo-labels against labels",
     "by_source": "Loss by source",
     "by_modality": "Loss by modality",
 }
+# Groups that stand right behind one of the known charts.
+BEHIND = {"reward.total": "reward.by_name", "vote.agreement": "vote.accuracy"}
 MAX_CHARTS = 24
 
 
@@ -68,11 +76,10 @@ def metric_charts(metrics: Sequence[dict[str, Any]], evals: Sequence[dict[str, A
             continue
         title, note = known.get(key, (key, ""))
         charts.append(_curve(rows, [(title, key)], title, note))
-        if key == "reward.total":
-            charts.append(_grouped(rows, seen, "reward.by_name"))
-    for group in GROUPED:
-        if group != "reward.by_name" or "reward.total" not in seen:
-            charts.append(_grouped(rows, seen, group))
+        if key in BEHIND:
+            charts.append(_grouped(rows, seen, BEHIND[key]))
+    drawn = {group for key, group in BEHIND.items() if key in seen}
+    charts += [_grouped(rows, seen, group) for group in GROUPED if group not in drawn]
     return [chart for chart in charts if chart is not None][:MAX_CHARTS]
 
 

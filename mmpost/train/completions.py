@@ -33,6 +33,9 @@ from mmpost.train.sources import sample_record
 
 LogProbs = Callable[[Sequence[Row]], list[np.ndarray]]
 
+# Where labels stand unless the configuration says otherwise.
+LABEL = "solution"
+
 
 @dataclass(slots=True)
 class Entry:
@@ -66,6 +69,8 @@ class Completions:
         reference: Log-probabilities under the starting weights, when the method asks for them.
         teacher: Likewise under the teacher.
         engine: Samples; default the trainer's own decode loop.
+        labels: Columns that hold labels; the log compares votes with them.
+        blind: No reward gets these columns.
     """
 
     def __init__(
@@ -84,7 +89,10 @@ class Completions:
         reference: LogProbs | None = None,
         teacher: LogProbs | None = None,
         engine: Engine | None = None,
+        labels: Sequence[str] = (LABEL,),
+        blind: bool = False,
     ) -> None:
+        self.labels, self.blind = labels, blind
         self.stream, self.policy, self.adapter, self.rewards = stream, policy, adapter, rewards
         self.section, self.method, self.processes = section, method, processes
         # Shapes that depend on the options of the run learn them here.
@@ -133,6 +141,8 @@ class Completions:
             rewards=self.rewards,
             processes=self.processes,
             num_generations=self.section.num_generations,
+            labels=self.labels,
+            blind=self.blind,
         )
         # An engine that runs the policy itself needs all of its weights here; others have their own copy.
         with self.processes.whole(self.policy) if self.engine.exact else contextlib.nullcontext():
@@ -160,7 +170,7 @@ class Completions:
                 for candidate, demo in zip(candidates, found, strict=True)
                 if demo is not None
             ]
-            reward_score.score(groups, self.rewards)
+            reward_score.score(groups, self.rewards, hidden=self.labels if self.blind else ())
         return found
 
     def _entry(self, candidate: Candidate, demo: Rollout | None = None) -> Entry:
@@ -280,7 +290,9 @@ class Completions:
         return self._spare
 
     def _record(self, entry: Entry, rollout: Rollout, advantage: float) -> dict[str, Any]:
+        labels = [note["label"] for note in entry.candidate.group.notes.values() if "label" in note]
         return {
+            **({"pseudo_label": labels[0]} if labels else {}),
             **sample_record(entry.candidate.drawn.sample, rollout.text, tokens=len(rollout.tokens)),
             "rewards": dict(rollout.score_parts),
             "score": rollout.score,

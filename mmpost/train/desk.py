@@ -19,6 +19,7 @@ from mmpost.rollout.engine import Prompt
 from mmpost.train.distributed import Processes
 from mmpost.train.draw import Candidate
 from mmpost.train.rows import Drawn, RowStream
+from mmpost.train.votes import Vote, summary, votes_of
 
 # Prompts, completions of each, and the number of each prompt's first completion.
 Sample = Callable[[Sequence[Prompt], int, Sequence[int]], list[list[Rollout]]]
@@ -26,6 +27,15 @@ Sample = Callable[[Sequence[Prompt], int, Sequence[int]], list[list[Rollout]]]
 
 class RolloutDesk:
     """The desk of one rollout batch.
+
+    Args:
+        stream: Prompts.
+        sample: Completes prompts.
+        rewards: Score completions.
+        processes: The view over all processes.
+        num_generations: Completions per prompt of a step.
+        labels: Columns of the data that hold labels, with which votes are compared in the log.
+        blind: No reward gets these columns.
 
     Attributes:
         prompts_wanted: Prompts of a step over all processes.
@@ -41,12 +51,16 @@ class RolloutDesk:
         rewards: Sequence[Reward],
         processes: Processes,
         num_generations: int,
+        labels: Sequence[str] = (),
+        blind: bool = False,
     ) -> None:
         self.stream, self.rewards, self.processes = stream, rewards, processes
+        self.labels, self._hidden = labels, labels if blind else ()
         self.prompts_wanted, self.num_generations = stream.count, num_generations
         self._sample = sample
         self.seconds = {"data": 0.0, "rollout": 0.0, "reward": 0.0}
         self._rollouts: dict[int, list[Rollout]] = {}
+        self._votes: dict[int, list[Vote]] = {}
         self._stats = {reward.name: RewardStats() for reward in rewards}
 
     def prompts(self) -> list[Drawn]:
@@ -72,11 +86,19 @@ class RolloutDesk:
             Group(candidate.drawn.sample, rollouts, candidate.uid)
             for candidate, rollouts in zip(candidates, fresh, strict=True)
         ]
-        for name, stats in reward_score.score(groups, self.rewards).items():
+        found = reward_score.score(
+            groups,
+            self.rewards,
+            earlier=[candidate.group.rollouts for candidate in candidates],
+            hidden=self._hidden,
+        )
+        for name, stats in found.items():
             self._stats[name] = self._stats[name] + stats
-        for candidate, rollouts in zip(candidates, fresh, strict=True):
-            candidate.add(rollouts)
-            self._rollouts.setdefault(candidate.uid, []).extend(rollouts)
+        for candidate, group in zip(candidates, groups, strict=True):
+            candidate.group.notes = group.notes
+            candidate.add(group.rollouts)
+            self._rollouts.setdefault(candidate.uid, []).extend(group.rollouts)
+            self._votes[candidate.uid] = votes_of(group.notes, group.prompt.columns, self.labels)
         self.seconds["rollout"] += sampled - clock
         self.seconds["reward"] += time.perf_counter() - sampled
 
@@ -102,6 +124,7 @@ class RolloutDesk:
             ]
         )
         count, groups = max(sums[0], 1), max(sums[1], 1)
+        self._recount()
         stats = self._all_stats()
         reward: dict[str, Any] = {
             "total": sums[2] / sums[3] if sums[3] else None,
@@ -114,12 +137,24 @@ class RolloutDesk:
             found = {name: float(getattr(stat, field)) for name, stat in stats.items() if getattr(stat, field)}
             if found:
                 reward[field] = found
+        votes = summary(self.gather([vote for found in self._votes.values() for vote in found]))
         return {
+            **({"vote": votes} if votes else {}),
             "reward": reward,
             "zero_spread": sums[5] / groups,
             "truncated": sums[6] / count,
             "completion_length": sums[7] / count,
         }
+
+    def _recount(self) -> None:
+        """Count what was judged several times once, as it was judged in the end."""
+        for name in [reward.name for reward in self.rewards if reward.judges_groups]:
+            scores = [rollout.score_parts.get(name) for found in self._rollouts.values() for rollout in found]
+            calls, missing = self._stats[name], sum(score is None for score in scores)
+            stats = RewardStats(timed_out=min(calls.timed_out, missing), seconds=calls.seconds)
+            stats.failed = min(calls.failed, missing - stats.timed_out)
+            stats.add_scores(scores)
+            self._stats[name] = stats
 
     def _all_stats(self) -> dict[str, RewardStats]:
         parts = self.processes.gather(self._stats)

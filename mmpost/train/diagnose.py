@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
 from statistics import fmean, median, pvariance
 from typing import Any
+
+from mmpost.train import diagnose_votes
+from mmpost.train.finding import Finding
+from mmpost.train.finding import percent as _percent
 
 # Thresholds. "Own choice" marks what no source gives.
 STEADY = 5  # steps that must agree before a share or a mean is believed
@@ -48,27 +51,11 @@ KEPT = {
     "grad_norm": SPIKE_HISTORY + 1,
     "logp_gap": STEADY,
     "clip_share": CLIPPED_STEPS,
+    **diagnose_votes.KEPT,
 }
 # Metrics whose first values are remembered as well.
 STARTS = {"reward/total": LENGTH_WINDOW, "completion_length": LENGTH_WINDOW, "entropy": STEADY}
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something that the user may want to act on.
-
-    Attributes:
-        code: ``MMP-R2`` and two digits.
-        words: What is seen, with its numbers.
-        advice: What to do about it, as an imperative.
-    """
-
-    code: str
-    words: str
-    advice: str
-
-    def __str__(self) -> str:
-        return f"{self.words} {self.advice} [{self.code}]"
+STARTS |= diagnose_votes.STARTS
 
 
 class Diagnosis:
@@ -94,7 +81,8 @@ class Diagnosis:
         Args:
             metrics: Flat, with ``/`` between levels: ``reward/total``, ``reward/by_name/NAME``, ``zero_spread``,
                 ``truncated``, ``completion_length`` (tokens), ``entropy`` and ``logp_gap`` (nats), ``grad_norm``,
-                ``clip_share``. Any may be absent, None or not finite, which is no observation; others are ignored.
+                ``clip_share``, and those of ``vote/``. Any may be absent, None or not finite, which is no observation;
+                others are ignored.
 
         Returns:
             Findings whose cause was not on before this step, in the order of the rules.
@@ -102,7 +90,7 @@ class Diagnosis:
         self._remember({name: value for name, value in metrics.items() if value is not None and math.isfinite(value)})
         active = set(self.memory.get("active", []))
         found: dict[str, Finding] = {}
-        for rule in RULES:
+        for rule in (*RULES, *diagnose_votes.RULES):
             found |= rule(self, active)
         self.memory["active"] = list(found)
         return [finding for cause, finding in found.items() if cause not in active]
@@ -326,10 +314,6 @@ def _cut(seen: Diagnosis, active: Set[str]) -> dict[str, Finding]:
     )
     advice = f"Set train.max_grad_norm={2 * median(norms):.2g}, so that only outliers are cut."
     return {code: Finding(code, words, advice)}
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
 
 
 Rule = Callable[[Diagnosis, Set[str]], dict[str, Finding]]

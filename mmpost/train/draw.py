@@ -52,11 +52,14 @@ class Candidate:
         return len({rollout.score for rollout in self.group.rollouts if rollout.score is not None}) > 1
 
     def add(self, rollouts: Sequence[Rollout]) -> None:
-        """Take in further completions that have been scored."""
+        """Take in further completions that have been scored.
+
+        All are counted anew: a vote over the whole group may have changed the scores of the earlier ones.
+        """
         self.group.rollouts.extend(rollouts)
         self.seen += len(rollouts)
-        self.scored += sum(rollout.score is not None for rollout in rollouts)
-        self.positive += sum(self.is_positive(rollout) for rollout in rollouts)
+        self.scored = sum(rollout.score is not None for rollout in self.group.rollouts)
+        self.positive = sum(self.is_positive(rollout) for rollout in self.group.rollouts)
 
     def is_positive(self, rollout: Rollout) -> bool:
         """Whether the score is above the threshold."""

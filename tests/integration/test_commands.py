@@ -202,6 +202,16 @@ def test_a_finished_run_is_not_run_again(mmpost, there):
     assert weights.stat().st_mtime_ns == before
 
 
+def test_doctor_tries_every_decoder(mmpost):
+    found = json.loads(mmpost("doctor", "--json").out)["decoders"]
+    works = {finding["name"]: finding["works"] for finding in found}
+    assert works["images"]
+    assert works["sound"]
+    assert works["pyav"]
+    assert all(finding["fix"] for finding in found if not finding["works"])
+    assert mmpost("doctor").out.count("\n") >= len(found)
+
+
 def test_version(mmpost):
     assert mmpost("version").out.splitlines()[0] == f"mmpost {importlib.metadata.version('mmpost-toolkit')}"
     assert set(json.loads(mmpost("version", "--json").out)) == {
