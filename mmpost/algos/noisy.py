@@ -50,7 +50,7 @@ class Flip:
 
 
 def preset(
-    rate: float = 0.2,
+    rate: float = 0.1,
     level: Literal["group", "row"] = "group",
     seed: int = 0,
     epsilon: float = 0.2,

@@ -178,11 +178,21 @@ def test_normal_latents_are_never_refused(levels, normal):
     assert bridge.saturation_rate == pytest.approx(share, rel=0.1, abs=1e-5)
 
 
-def test_few_values_are_not_judged():
+def test_few_values_are_judged_with_care():
     bridge = quantizer(max_saturation=0.01, dim=1)
-    bridge.quantize(torch.full((4095, 1), 10.0))
+    values = torch.zeros(100, 1)
+    # 1 % is allowed; 4 standard errors of 100 values are 4 % more.
+    values[:4] = 10.0
+    bridge.quantize(values)
+    values[4:8] = 10.0
+    bridge.reset_saturation()
     with pytest.raises(MmpostError, match="MMP-E081"):
-        bridge.quantize(torch.full((1, 1), 10.0))
+        bridge.quantize(values)
+
+
+def test_a_range_far_below_the_latents_is_refused(normal):
+    with pytest.raises(MmpostError, match="MMP-E081"):
+        quantizer(value_range=0.5, max_saturation=0.01).quantize(normal)
 
 
 def test_gradient_goes_straight_through(normal):

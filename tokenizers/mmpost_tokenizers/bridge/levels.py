@@ -35,7 +35,8 @@ SCHEMES = ("gaussian", "uniform", "lloyd")
 MODES = ("paper", "channel")
 
 R = 3.0  # ends of the level axis, in standard deviations
-FEWEST = 4096  # the share beyond the last level is judged from this many values on
+COARSEST = 0.2  # share of normal latents beyond two levels with range 5; nothing coarser is meant
+SURE = 4.0  # standard errors above the allowed share, so that few values are judged with care
 _FILES = ("quantizer.json", "quantizer.safetensors")
 _ROUNDING = 1e-5
 _ROUNDS = 500  # of Lloyd's iteration
@@ -254,10 +255,11 @@ class PostTrainingQuantizer(Quantizer):
         self._seen += axis.numel()
         # A value that was made from the last level is not beyond it, whatever rounding did to it.
         self._beyond += int(((axis < self.table[0] - _ROUNDING) | (axis > self.table[-1] + _ROUNDING)).sum())
-        if self.config.max_saturation is None or self._seen < FEWEST:
+        if self.config.max_saturation is None:
             return
-        allowed = min(1.0, self.config.max_saturation + math.erfc(self.limits[1] / math.sqrt(2)))
-        if self.saturation_rate > allowed:
+        by_design = min(COARSEST, math.erfc(self.limits[1] / math.sqrt(2)))
+        allowed = min(1.0, self.config.max_saturation + by_design)
+        if self.saturation_rate > allowed + SURE * math.sqrt(allowed * (1 - allowed) / self._seen):
             raise self._too_wide(axis, allowed)
 
     def _too_wide(self, axis: Tensor, allowed: float) -> MmpostError:
