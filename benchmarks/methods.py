@@ -50,7 +50,8 @@ PLANS: dict[str, Plan] = {
     "sft": Plan("sft", DEMONSTRATIONS),
     "dft": Plan("sft", DEMONSTRATIONS),
     "asft": Plan("sft", DEMONSTRATIONS),
-    "q_tuning": Plan("sft", DEMONSTRATIONS),
+    # An answer here has one token that is not certain, which pruning of tokens would take away.
+    "q_tuning": Plan("sft", ("loss.args.token_ratio=1", *DEMONSTRATIONS)),
     "stochastok": Plan("sft", DEMONSTRATIONS),
     "cings": Plan("sft", DEMONSTRATIONS),
     "reinforce": Plan(),
@@ -70,7 +71,6 @@ PLANS: dict[str, Plan] = {
     "darling": Plan(words=OFF_POLICY),
     "reinforce_ada": Plan(words=OFF_POLICY),
     "noisy": Plan(words=OFF_POLICY),
-    "upt": Plan(words=("rewards=[majority_vote]",)),
     "luffy": Plan(words=OFF_POLICY),
     "hpt": Plan(words=("loss.args.gamma=4", *DEMONSTRATIONS), against="sft"),
     "kdrl": Plan(against="sft"),
