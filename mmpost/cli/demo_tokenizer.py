@@ -22,7 +22,7 @@ CONFIGS = "configs/tokenizers"
 SCORES = ("rfd", "pfd", "usage", "psnr", "ssim", "pmse", "perplexity")
 GENERATED = 600
 # Of the shipped configurations; a trial takes a share of them.
-STEPS, GENERATOR_STEPS, POSTTRAIN_STEPS = 700, 350, 150
+STEPS, GENERATOR_STEPS, POSTTRAIN_STEPS = 700, 120, 150
 NOTES = (
     "rfd, pfd and gfd are Fréchet distances between features of a small classifier of the training images. They order "
     "these images only, are no FID, and cannot be compared with published figures.",

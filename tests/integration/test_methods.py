@@ -29,3 +29,5 @@ def test_it_beats_its_start(preset, folder):
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         line = record(folder, preset, SEEDS, STEPS, pool)
     assert line["ci"][0] > 0, line
+    if PLANS[preset].few is not None:
+        assert line["over_sft"]["ci"][0] > 0, line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from mmpost_tokenizers.options import ImageSource, PosttrainConfig
 from mmpost_tokenizers.pairs import Pairs, check_sigma, make_pairs
 from mmpost_tokenizers.posttrain import DecoderPostTrainer
 from mmpost_tokenizers.posttrain_losses import adversary_of, objective_loss
-from mmpost_tokenizers.session import final_of, open_tokenizer
+from mmpost_tokenizers.session import FEATURES_FILE, final_of, open_tokenizer
 from mmpost_tokenizers.stopping import StopRequest
 
 SUMMARY = "summary.json"
@@ -64,7 +65,11 @@ def run_posttrain(
     words = ["mmpost", "tokenizer", "posttrain", checkpoint, "--generator", generator]
     folder = RunFolder.open(out, command=words, config_yaml=config_yaml, overwrite=False)
     if folder.finished:
-        return read_json(out / SUMMARY)
+        summary = read_json(out / SUMMARY)
+        if summary.get("tokenizer_sha256") != layout_of(tokenizer).tokenizer_sha256:
+            what = f"{out} holds the finished post-training of another tokenizer."
+            raise MmpostError("MMP-T070", what, "Choose another --out.")
+        return summary
     folder.truncate({"metrics.jsonl": 0, "events.jsonl": 0} if not folder.checkpoints() else {}, None)
     progress = Progress(config.log.progress)
     objective = _objective(config, tokenizer)
@@ -96,6 +101,7 @@ def run_posttrain(
         if not summary["finished"]:
             status = "interrupted"
             raise Interrupted
+        _keep_features(final_of(checkpoint), out / "final")
         (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
         status = "finished"
     except KeyboardInterrupt:
@@ -105,6 +111,13 @@ def run_posttrain(
         progress.stop()
         folder.finish(status, trainer.step if trainer is not None else 0)
     return summary
+
+
+def _keep_features(before: str, after: Path) -> None:
+    """Scores before and after are only comparable with the same features."""
+    features = Path(before) / FEATURES_FILE
+    if features.is_file():
+        shutil.copyfile(features, after / FEATURES_FILE)
 
 
 def _objective(config: PosttrainConfig, tokenizer: DiscreteTokenizer) -> Objective:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mmpost_tokenizers import opening, report
 from mmpost_tokenizers.base import DiscreteTokenizer
 from mmpost_tokenizers.batches import evaluation_batches
 from mmpost_tokenizers.evaluate import evaluate_tokenizer
-from mmpost_tokenizers.features import FeatureExtractor, title_for
+from mmpost_tokenizers.features import WEIGHTS_VARIABLE, FeatureExtractor, title_for
 from mmpost_tokenizers.generator.identity import layout_of, require_same
 from mmpost_tokenizers.generator.pretokenize import Codes
 from mmpost_tokenizers.health import health_of
@@ -25,9 +26,9 @@ from mmpost_tokenizers.session import COUNTED, FEATURES_FILE, SHOWN, final_of, o
 
 
 def scoring_features(checkpoint: str, which: str) -> FeatureExtractor:
-    """The extractor for a checkpoint: ``auto`` prefers the one that its training scored with."""
+    """The extractor for a checkpoint: ``auto`` is the user's own weights, else what its training scored with."""
     beside = Path(final_of(checkpoint)) / FEATURES_FILE
-    if which == "auto" and beside.is_file():
+    if which == "auto" and not os.environ.get(WEIGHTS_VARIABLE) and beside.is_file():
         which = str(beside)
     return opening.choose_extractor(which, None)
 
