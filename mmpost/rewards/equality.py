@@ -29,7 +29,10 @@ _WORDS = re.compile(r"\w+|[^\w\s]")
 _OPTIONS = "ABCDEFGHIJ"
 _ARTICLES = ("a", "an", "the")
 # What marks an answer as mathematics that text comparison would get wrong.
-_MATHS = re.compile(r"\\[a-zA-Z]|[=^{}√π∞]|\d\s*[a-zA-Z(]|[+*/]|\w\s*-\s*\w")
+_MATHS = re.compile(
+    r"\\[a-zA-Z]|[=^{}√π∞<>≤≥≠±|\u2225⊥¬~&∧\u2228\[\]]|\d\s*[a-zA-Z(]|[+*/]|\w\s*-\s*\w|(?:^|[\s(])[-\u2212]\s*[\w$]|\d!|\w'(?!\w)"
+    r"|\d\s*,\s*\d"
+)
 
 
 @dataclass(frozen=True)

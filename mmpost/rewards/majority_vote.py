@@ -86,10 +86,10 @@ def majority_vote(
         if variant == "released":
             labels.append(vote.released(said))
             continue
-        if variant == "random":
+        won = vote.winner(names, mean_logp[start:stop], ties=ties, min_support=min_support)
+        if variant == "random" and won is not None:
+            # A control learns from the same groups as the vote.
             won = vote.random_class(names, seed=seed, uid=uid[start])
-        else:
-            won = vote.winner(names, mean_logp[start:stop], ties=ties, min_support=min_support)
         labels.append(None if won is None else _representative(said, names, won))
     scores = _scores(answers, classes, labels, equality, variant)
     notes = current_watch().notes

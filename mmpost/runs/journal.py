@@ -45,7 +45,8 @@ class Journal:
         # What a kill cut off in the middle of a line was never finished.
         whole = data[: data.rfind(b"\n") + 1]
         self._size = len(whole)
-        lines = whole.decode().splitlines()
+        # Not splitlines: a text may hold other line ends, such as U+2028, which JSON leaves as they are.
+        lines = whole.decode().split("\n")[:-1]
         if not lines:
             self._append(self._work)
             return

@@ -137,7 +137,9 @@ class RolloutDesk:
             found = {name: float(getattr(stat, field)) for name, stat in stats.items() if getattr(stat, field)}
             if found:
                 reward[field] = found
-        votes = summary(self.gather([vote for found in self._votes.values() for vote in found]))
+        votes = {}
+        if any(reward.judges_groups for reward in self.rewards):
+            votes = summary(self.gather([vote for found in self._votes.values() for vote in found]))
         return {
             **({"vote": votes} if votes else {}),
             "reward": reward,

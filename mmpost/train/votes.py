@@ -47,6 +47,8 @@ def votes_of(notes: Mapping[str, Mapping[str, Any]], columns: Mapping[str, Any],
         columns: Of the row.
         labels: Columns that hold labels.
     """
+    if not notes:
+        return []
     gold = tuple(dict.fromkeys(text for name in labels for text in gold_texts(columns.get(name))))
     return [
         Vote(note["label"], note["answers"], note["agreement"], note["entropy"], gold, note["equality"])

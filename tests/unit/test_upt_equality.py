@@ -139,3 +139,14 @@ def test_answers_of_another_kind_do_not_vote():
     assert vote(["\\boxed{7}", "\\boxed{seven}", "\\boxed{seven}", "\\boxed{7.0}"], kind="number") == [1, 0, 0, 1]
     assert vote(["\\boxed{B}", "\\boxed{bag}", "\\boxed{bag}", "\\boxed{(B)}"], kind="choice") == [1, 0, 0, 1]
     assert vote(["\\boxed{bag}", "\\boxed{The bag}", "\\boxed{coat}"], kind="text") == [1, 1, 0]
+
+
+CONTRADICT = [
+    ("-x", "x"), ("-b", "b"), ("x>2", "x<2"), ("x ≥ 2", "x ≤ 2"), ("a<b", "a>b"), ("5!", "5"), ("(0,1)", "[0,1]"),
+    ("(0,1]", "[0,1)"), ("|x|", "x"), ("p & q", "p | q"), ("2, 3", "2.3"), ("-$5", "$5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "two"), CONTRADICT)
+def test_signs_that_change_the_meaning_are_no_punctuation(one, two):
+    assert Equality().pairs([(one, two)]) == [False]

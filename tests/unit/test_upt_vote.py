@@ -78,13 +78,13 @@ def test_a_permutation_of_the_completions_permutes_the_scores(variant):
         order = rng.permutation(6)
         mixed, logps = [vector[i] for i in order], [LOGPS[i] for i in order]
         if variant == "random":
-            # Which class is drawn depends on the order; that exactly one class wins does not.
+            # Which class is drawn depends on the order; that one wins wherever the vote has a winner does not.
             for scores, said in (
                 (ask([vector], variant=variant)[0], vector),
                 (ask([mixed], variant=variant)[0], mixed),
             ):
                 won = {one for one, value in zip(said, scores, strict=True) if value == 1.0}
-                assert len(won) == (1 if set(vector) - {None} else 0)
+                assert len(won) == (1 if max(map(vector.count, {*vector} - {None}), default=0) >= 2 else 0)
             continue
         straight, turned = ask([vector], LOGPS, variant=variant)[0], ask([mixed], logps, variant=variant)[0]
         assert turned == [straight[i] for i in order]
