@@ -28,6 +28,7 @@ from mmpost.mixture.scores import Target, measured
 
 PREDICTOR = "predictor.json"
 SCHEMA = 1
+SAME = 1e-9  # weights that differ by less are one mixture
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,9 @@ class Quality:
 
 
 def leave_one_out(name: str, weights: np.ndarray, values: np.ndarray, errors: np.ndarray) -> Quality:
-    """Predict every run from the others, hyper-parameters fitted again each time.
+    """Predict every run from those of other mixtures, hyper-parameters fitted again each time.
+
+    Runs of the same mixture with another seed are left out with it: they would give its score away.
 
     Args:
         name: Model.
@@ -72,7 +75,9 @@ def leave_one_out(name: str, weights: np.ndarray, values: np.ndarray, errors: np
     """
     predicted, sds = np.zeros(len(values)), np.zeros(len(values))
     for run in range(len(values)):
-        rest = np.arange(len(values)) != run
+        rest = np.abs(weights - weights[run]).max(axis=1) > SAME
+        if not rest.any():
+            rest = np.arange(len(values)) != run
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnderdeterminedWarning)
             model = make(name).fit(weights[rest], values[rest], errors[rest])
@@ -163,7 +168,7 @@ def fit(
     quality = {name: leave_one_out(name, weights, values, errors) for name in enough}
     best = min(enough, key=lambda name: quality[name].mae)
     chosen = best if model == "auto" else model
-    signal = chosen != "mean" and _beats_mean(quality[chosen], quality["mean"], values)
+    signal = chosen != "mean" and _beats_mean(quality[chosen], quality["mean"], weights, values)
     if model == "auto" and not signal:
         chosen = "mean"
     predictor = make(chosen).fit(weights, values, errors)
@@ -171,10 +176,12 @@ def fit(
     return Fit(sources, target, chosen, predictor, weights, values, errors, quality, signal, settings or {})
 
 
-def _beats_mean(quality: Quality, mean: Quality, values: np.ndarray) -> bool:
-    """Smaller errors by more than one standard error of the difference, run by run."""
+def _beats_mean(quality: Quality, mean: Quality, weights: np.ndarray, values: np.ndarray) -> bool:
+    """Smaller errors by more than one standard error of the difference, mixture by mixture."""
     gain = np.abs(values - np.array(mean.predicted)) - np.abs(values - np.array(quality.predicted))
-    return bool(gain.mean() > gain.std(ddof=1) / math.sqrt(len(gain)))
+    place = np.unique((weights / SAME).round(), axis=0, return_inverse=True)[1].reshape(-1)
+    gain = np.bincount(place, gain) / np.bincount(place)
+    return bool(len(gain) > 2 and gain.mean() > gain.std(ddof=1) / math.sqrt(len(gain)))
 
 
 def write_fit(path: Path, fitted: Fit) -> None:

@@ -237,3 +237,14 @@ def test_the_same_from_python(tmp_path):
     assert one.suggest(2, strategy="mean")[0].weights["b"] > 0.9
     with pytest.raises(MmpostError, match=r"a mixture of a, b is none of a, b, c. Name all sources. .MMP-V021"):
         one.predict({"a": 0.5, "b": 0.5})
+
+
+def test_runs_of_one_mixture_do_not_give_each_other_away():
+    rng = np.random.default_rng(0)
+    mixtures = rng.dirichlet(np.ones(3), 11)
+    # The score of a mixture is noise that says nothing about others; seeds of a mixture agree.
+    values = np.repeat(rng.normal(0.5, 0.03, 11), 3) + rng.normal(0, 0.003, 33)
+    weights = np.repeat(mixtures, 3, axis=0)
+    mean = leave_one_out("mean", weights, values, np.full(33, 0.003))
+    gaussian = leave_one_out("gp", weights, values, np.full(33, 0.003))
+    assert gaussian.mae > 0.8 * mean.mae
