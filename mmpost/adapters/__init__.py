@@ -4,6 +4,7 @@
 ADAPTERS = {
     "qwen2_vl": "mmpost.adapters.qwen_vl:QwenVLAdapter",
     "qwen2_5_vl": "mmpost.adapters.qwen_vl:QwenVLAdapter",
-    "qwen3_vl": "mmpost.adapters.qwen_vl:QwenVLAdapter",
+    "qwen3_vl": "mmpost.adapters.qwen_vl:Qwen3VLAdapter",
+    "qwen2_audio": "mmpost.adapters.qwen2_audio:Qwen2AudioAdapter",
     "smolvlm": "mmpost.adapters.smolvlm:SmolVLMAdapter",
 }

@@ -80,7 +80,7 @@ class TransformersEngine:
         batch = self.adapter.collate([prompt.encoded for prompt in prompts], left=True).to(self.policy.device)
         inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "position_ids"}
         if "mm_token_type_ids" in inspect.signature(self.policy.inner.forward).parameters:
-            inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.adapter.image_token_id).long()
+            inputs["mm_token_type_ids"] = self.adapter.token_types(inputs["input_ids"])
         return inputs
 
     def _generation(self, sampling: Sampling, copies: int) -> GenerationConfig:
