@@ -118,12 +118,14 @@ class MediaAdapter:
 
         Raises:
             MmpostError: MMP-D014 when the row is too long, MMP-D015 when placeholders and features disagree,
-                MMP-D031 when the chat template rewrites earlier turns, or a decoding error of the media.
+                MMP-D031 when the chat template rewrites earlier turns, MMP-D042 for media of a kind that the model does
+                not take, or a decoding error of the media.
         """
         return self._encode_pieces(sample, self._pieces(sample, loss_on))
 
     def encode_prompt(self, sample: Sample) -> Encoded:
         """The same for a prompt that the policy continues; nothing in it trains."""
+        self._refuse_other_kinds(sample)
         text = self._render(sample.turns, generate=True)
         return self._encode_pieces(sample, [Piece(text, tuple(sample.media()), False)])
 
@@ -175,6 +177,7 @@ class MediaAdapter:
 
     def _pieces(self, sample: Sample, loss_on: str) -> list[Piece]:
         """Cut the rendered conversation at the borders of the turns that train."""
+        self._refuse_other_kinds(sample)
         turns = sample.turns
         last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
         chosen = [
@@ -232,7 +235,6 @@ class MediaAdapter:
         return min(ends) if ends else len(rendered.rstrip())
 
     def _encode_pieces(self, sample: Sample, pieces: Sequence[Piece]) -> Encoded:
-        self._refuse_other_kinds(sample)
         ids: list[Tensor] = []
         train: list[Tensor] = []
         media: list[dict[str, Tensor]] = []

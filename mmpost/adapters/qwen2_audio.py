@@ -6,7 +6,6 @@ Source: Qwen2-Audio (arXiv 2407.10759) and transformers' processor, which the te
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mmpost.adapters.base import MediaAdapter, Shown

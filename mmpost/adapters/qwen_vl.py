@@ -9,6 +9,7 @@ time axis by the mean seconds between pairs. Qwen3-VL writes the seconds of each
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -112,7 +113,7 @@ class QwenVLAdapter(MediaAdapter):
         out = torch.empty(3, ids.numel(), dtype=torch.long)
         starts = [0, *(types.diff().nonzero()[:, 0] + 1).tolist(), ids.numel()]
         current = 0
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in itertools.pairwise(starts):
             kind = kinds.get(int(types[start])) if start < end else None
             if kind is None:
                 out[:, start:end] = torch.arange(end - start) + current

@@ -40,13 +40,14 @@ class Style:
     template: str
 
 
-def _template(*, head: str, turn: str, tail: str, prompt: str, image: str, video: str) -> str:
-    """Compose a template from what stands before, around and after the content of a turn."""
+def _template(*, head: str, turn: str, tail: str, prompt: str, **media: str) -> str:
+    """Compose a template from what stands before, around and after the content of a turn, and for media by kind."""
+    shown = "".join("{% elif part['type'] == '" + kind + "' %}" + text for kind, text in media.items())
     return (
         head + "{% for message in messages %}" + turn + "{% if message['content'] is string %}{{ message['content'] }}"
         "{% else %}{% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}" + image + "{% elif part['type'] == 'video' %}" + video + ""
-        "{% elif part['type'] == 'text' %}{{ part['text'] }}"
+        + shown.replace("{% elif", "{% if", 1)
+        + "{% elif part['type'] == 'text' %}{{ part['text'] }}"
         "{% else %}{{ raise_exception('this model has no part of type ' + part['type']) }}"
         "{% endif %}{% endfor %}{% endif %}" + tail + "{% endfor %}"
         "{% if add_generation_prompt %}" + prompt + "{% endif %}"
@@ -83,6 +84,19 @@ QWEN3 = Style(
         tail="{% if message['role'] == 'tool' %}{{ '\n' }}</tool_response>{% endif %}<|im_end|>\n",
         # The video processor of Qwen3-VL writes start and end around every frame itself and replaces the outer pair.
         **_QWEN_MEDIA,
+    ),
+)
+QWEN2_AUDIO = Style(
+    special=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio_bos|>", "<|audio_eos|>", "<|AUDIO|>"),
+    bos="<|endoftext|>",
+    eos="<|im_end|>",
+    pad="<|endoftext|>",
+    template=_template(
+        head="",
+        turn="<|im_start|>{{ message['role'] }}\n",
+        tail="<|im_end|>\n",
+        prompt="<|im_start|>assistant\n",
+        audio="<|audio_bos|><|AUDIO|><|audio_eos|>",
     ),
 )
 SMOLVLM = Style(

@@ -77,6 +77,8 @@ class TransformersEngine:
 
     def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Left-padded prompts; positions are left to the model, which has to carry them on."""
+        for prompt in prompts:
+            _refuse_long_times(prompt)
         batch = self.adapter.collate([prompt.encoded for prompt in prompts], left=True).to(self.policy.device)
         inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "position_ids"}
         if "mm_token_type_ids" in inspect.signature(self.policy.inner.forward).parameters:

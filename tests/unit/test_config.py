@@ -65,7 +65,7 @@ def test_assignment_is_checked():
         ("run_name=a=b", "log.run_name", "a=b"),
         ("stabilise=clip", "loss.stabilise", ["clip"]),
         ("freeze=[]", "model.freeze", []),
-        ("freeze+=projector", "model.freeze", ["vision_tower", "projector"]),
+        ("freeze+=projector", "model.freeze", ["vision_tower", "audio_tower", "projector"]),
         ("freeze.0=projector", "model.freeze", ["projector"]),
         ("columns.image=picture", "data.columns", {"image": "picture"}),
         ("--train.learning-rate=1e-6", "train.learning_rate", 1e-6),
