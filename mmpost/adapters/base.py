@@ -351,8 +351,8 @@ class MediaAdapter:
         return tuple(dict.fromkeys(token for token in found if token is not None))
 
     def _media_ids(self) -> tuple[int, ...]:
-        names = ("image_token_id", "video_token_id", "audio_token_id", "vision_start_token_id", "vision_end_token_id")
-        ids = [getattr(self.config, name, None) for name in names]
+        kinds = ("image", "video", "audio", "vision_start", "vision_end", "audio_start", "audio_end")
+        ids = [getattr(self.config, f"{kind}_token_id", None) for kind in kinds]
         return tuple(dict.fromkeys(token for token in ids if isinstance(token, int)))
 
     # -- batches -------------------------------------------------------------------------------------------------

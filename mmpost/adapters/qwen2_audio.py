@@ -18,15 +18,15 @@ from mmpost.media.audio import Audio
 MIN_FRAMES = 7
 
 
-class Qwen2AudioAdapter(MediaAdapter):
-    """Log-mel windows ``input_features [clips, mel, frames]`` and ``feature_attention_mask [clips, frames]``.
+class WhisperSounds(MediaAdapter):
+    """What adapters of encoders with Whisper's features share.
+
+    Log-mel windows ``input_features [clips, mel, frames]`` and ``feature_attention_mask [clips, frames]``.
 
     Every clip is filled with silence to the window of the encoder, of which only the clip's own part becomes tokens.
     """
 
-    kinds: tuple[Kind, ...] = ("audio",)
-
-    def apply_budget(self, media: MediaSection) -> None:
+    def apply_sound_budget(self, media: MediaSection) -> None:
         """The encoder's rate, and at most its window: a longer clip would be cut without a word."""
         extractor = self.processor.feature_extractor
         limit = min(media.max_audio_seconds, extractor.n_samples / extractor.sampling_rate)
@@ -39,7 +39,7 @@ class Qwen2AudioAdapter(MediaAdapter):
         extractor = self.processor.feature_extractor
         return _tokens(-(-min(samples, extractor.n_samples) // extractor.hop_length))
 
-    def features(self, shown: Shown) -> dict[str, Tensor]:
+    def sound_features(self, shown: Shown) -> dict[str, Tensor]:
         """Log-mel features by the checkpoint's extractor."""
         clips: list[Audio] = list(shown["audio"])
         out = self.processor.feature_extractor(
@@ -51,9 +51,28 @@ class Qwen2AudioAdapter(MediaAdapter):
         )
         return {"input_features": out["input_features"], "feature_attention_mask": out["attention_mask"]}
 
-    def lengths(self, kind: Kind, media: dict[str, Tensor]) -> list[int]:
+    def sound_lengths(self, media: dict[str, Tensor]) -> list[int]:
         """Two convolutions and a pooling leave a quarter of the frames."""
-        return [_tokens(int(frames)) for frames in media["feature_attention_mask"].sum(-1)]
+        masks = media.get("feature_attention_mask")
+        return [] if masks is None else [_tokens(int(frames)) for frames in masks.sum(-1)]
+
+
+class Qwen2AudioAdapter(WhisperSounds):
+    """Sounds and text."""
+
+    kinds: tuple[Kind, ...] = ("audio",)
+
+    def apply_budget(self, media: MediaSection) -> None:
+        """See ``apply_sound_budget``."""
+        self.apply_sound_budget(media)
+
+    def features(self, shown: Shown) -> dict[str, Tensor]:
+        """See ``sound_features``."""
+        return self.sound_features(shown)
+
+    def lengths(self, kind: Kind, media: dict[str, Tensor]) -> list[int]:
+        """See ``sound_lengths``."""
+        return self.sound_lengths(media)
 
     def dummy_media(self) -> dict[str, Tensor]:
         """A tenth of a second of silence."""

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mmpost.adapters.base import MediaAdapter, Shown
+from mmpost.adapters.base import TOKEN_TYPES, MediaAdapter, Shown
 from mmpost.config.schema import MediaSection
 from mmpost.core.sample import Kind
 from mmpost.media.video import Video
@@ -25,6 +25,7 @@ from mmpost.media.video import Video
 # Largest picture when neither the user nor the checkpoint asks for less: about 1,280 tokens of 28 x 28 pixels.
 DEFAULT_MAX_PIXELS = 1_003_520
 
+PICTURES: tuple[Kind, Kind] = ("image", "video")
 Grid = tuple[int, int, int]
 
 
@@ -36,6 +37,8 @@ class QwenVLAdapter(MediaAdapter):
 
     position_axes = 3
     kinds: tuple[Kind, ...] = ("image", "video")
+    seconds_name = "second_per_grid_ts"
+    goes_on_behind_times = False  # whether text behind a video starts behind its times, too
 
     def apply_budget(self, media: MediaSection) -> None:
         """Limits are pixel counts; the processor rounds sides to multiples of patch size times merge size."""
@@ -74,8 +77,8 @@ class QwenVLAdapter(MediaAdapter):
         # Frames are chosen already, by their times.
         out = self.processor.video_processor(videos=[frames], do_sample_frames=False, return_tensors="pt")
         media = {name: out[name] for name in ("pixel_values_videos", "video_grid_thw")}
-        if hasattr(self.config.vision_config, "tokens_per_second"):
-            media["second_per_grid_ts"] = torch.tensor([pair / clip.sampled_fps])
+        if self.position_rate() is not None:
+            media[self.seconds_name] = torch.tensor([pair / clip.sampled_fps])
         return media
 
     def dummy_media(self) -> dict[str, Tensor]:
@@ -92,40 +95,47 @@ class QwenVLAdapter(MediaAdapter):
         """One feature per merged square of patches."""
         return [math.prod(grid) for grid in self.grids(kind, media)]
 
-    def _seconds(self, media: dict[str, Tensor]) -> Iterator[Tensor]:
-        """Position units between the pairs of frames of each video, float32 scalars."""
-        rate = getattr(self.config.vision_config, "tokens_per_second", None)
-        if rate is None or "second_per_grid_ts" not in media:
-            while True:
-                yield torch.tensor(1.0)
-        yield from rate * media["second_per_grid_ts"]
+    def position_rate(self) -> int | None:
+        """Position units of a second; None for a family that counts pairs of frames."""
+        rate: int | None = getattr(self.config.vision_config, "tokens_per_second", None)
+        return rate
+
+    def stretched(self, pairs: Tensor, seconds: Tensor) -> Tensor:
+        """Numbers of pairs of frames, so many seconds apart, in position units; rounds as transformers does."""
+        return pairs * ((self.position_rate() or 1) * seconds)
+
+    def _times(self, grids: Sequence[Grid], media: dict[str, Tensor]) -> Iterator[Tensor]:
+        """Positions on the time axis of the pairs of frames of each video, int64 ``[pairs]``."""
+        for number, (frames, _, _) in enumerate(grids):
+            pairs = torch.arange(frames)
+            known = self.position_rate() is not None
+            yield self.stretched(pairs, media[self.seconds_name][number]).long() if known else pairs
 
     def positions(self, ids: Tensor, media: dict[str, Tensor]) -> Tensor:
         """Rotary positions over time, height and width, ``[3, T]``.
 
         Text counts up on all three axes. A picture starts at the next free number; its tokens add their time, row and
-        column. Text after it goes on behind its rows and columns, as transformers does, even where its times go on.
+        column. Text after it goes on behind its rows and columns, as transformers does, even where its times go on,
+        unless ``goes_on_behind_times``.
         """
         types = self.token_types(ids)
-        grids = {kind: iter(self.grids(kind, media)) for kind in self.kinds}
-        kinds: dict[int, Kind] = {1: "image", 2: "video"}
-        units = self._seconds(media)
+        images, videos = (self.grids(kind, media) for kind in PICTURES)
+        grids = {TOKEN_TYPES["image"]: iter(images), TOKEN_TYPES["video"]: iter(videos)}
+        video_times = self._times(videos, media)
         out = torch.empty(3, ids.numel(), dtype=torch.long)
         starts = [0, *(types.diff().nonzero()[:, 0] + 1).tolist(), ids.numel()]
         current = 0
         for start, end in itertools.pairwise(starts):
-            kind = kinds.get(int(types[start])) if start < end else None
-            if kind is None:
+            kind = int(types[start]) if start < end else 0
+            if kind not in grids:
                 out[:, start:end] = torch.arange(end - start) + current
                 current += end - start
                 continue
             frames, rows, columns = next(grids[kind])
-            times = torch.arange(frames)
-            if kind == "video":
-                times = (times * next(units)).long()
-            place = torch.cartesian_prod(times, torch.arange(rows), torch.arange(columns))
-            out[:, start:end] = place.view(-1, 3).T + current
-            current += max(rows, columns)
+            times = next(video_times) if kind == TOKEN_TYPES["video"] else torch.arange(frames)
+            place = torch.cartesian_prod(times, torch.arange(rows), torch.arange(columns)).view(-1, 3)
+            out[:, start:end] = place.T + current
+            current += int(place.max()) + 1 if self.goes_on_behind_times else max(rows, columns)
         return out
 
 

@@ -26,7 +26,13 @@ from mmpost.models.policy import Policy
 PARTS = {
     "vision_tower": ("visual", "vision_model", "vision_tower"),
     "audio_tower": ("audio_tower",),
-    "projector": ("visual.merger", "visual.deepstack_merger_list", "connector", "multi_modal_projector"),
+    "projector": (
+        "visual.merger",
+        "visual.deepstack_merger_list",
+        "connector",
+        "multi_modal_projector",
+        "audio_tower.proj",
+    ),
     "language_model": ("language_model", "text_model", "lm_head"),
 }
 # Whisper's sinusoids: saved as a parameter, but never trained.
@@ -113,10 +119,15 @@ def load(
     )
     options: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
     config = _open(AutoConfig, base, name, **options)
+    if config.model_type == "qwen2_5_omni":
+        # Only the part that hears, sees and writes trains; what speaks is left out.
+        config = config.thinker_config
+        options["config"] = config
     adapter_class = Catalog("adapters", ADAPTERS).get(
         config.model_type if section.adapter == "auto" else section.adapter
     )
-    processor = _open(AutoProcessor, path if adapter_folder else base, name, **options)
+    plain = {key: value for key, value in options.items() if key != "config"}
+    processor = _open(AutoProcessor, path if adapter_folder else base, name, **plain)
     dtype = _dtype(section.dtype, device, peft)
     quantized = section.quantization != "none"
     if quantized:

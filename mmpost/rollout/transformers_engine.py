@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from mmpost.core.errors import MmpostError
 from mmpost.core.rollout import Rollout
 from mmpost.models.policy import Policy, upcast
 from mmpost.rollout.engine import Prompt, Setup, first_of_each, request_seed
@@ -118,6 +119,18 @@ class TransformersEngine:
         kept = tokens[:length].astype(np.int64)
         return Rollout(
             kept, logps[:length].astype(np.float32), self.adapter.decode(kept.tolist()), truncated=not len(stops)
+        )
+
+
+def _refuse_long_times(prompt: Prompt) -> None:
+    """``generate`` goes on behind the largest position; everything else, behind the last token's."""
+    positions = prompt.encoded.positions
+    if int(positions.max()) > int(positions[:, -1].max()):
+        raise MmpostError(
+            "MMP-C040",
+            f"{prompt.encoded.origin}: the transformers engine gives completions behind a video of this length other "
+            "positions than training does.",
+            "Set rollout.engine=native.",
         )
 
 

@@ -15,18 +15,9 @@ from mmpost.core.sample import Part, Sample, Turn
 from mmpost.media import audio
 from mmpost.models.load import load
 from mmpost.rollout.generate import Sampling, complete
+from tests.unit.clips import RATE, wav
 
 soundfile = pytest.importorskip("soundfile")
-RATE = 16000
-
-
-def wav(seconds, seed=0, rate=RATE, samples=None):
-    """Bytes of a WAV of noise; ``samples`` says the exact length."""
-    count = round(seconds * rate) if samples is None else samples
-    noise = np.random.default_rng(seed).normal(0, 0.1, count).astype(np.float32)
-    buffer = io.BytesIO()
-    soundfile.write(buffer, noise, rate, format="WAV", subtype="PCM_16")
-    return buffer.getvalue()
 
 
 def turn(role, *parts):

@@ -1,8 +1,5 @@
 """Videos in rows of the Qwen families: pixels, times, positions and log-probabilities of plain transformers."""
 
-import io
-from fractions import Fraction
-
 import numpy as np
 import pytest
 import torch
@@ -13,31 +10,14 @@ from mmpost.core.errors import MmpostError
 from mmpost.core.sample import Part, Sample, Turn
 from mmpost.media import image, video
 from mmpost.rollout.generate import Sampling, complete
+from tests.unit.clips import film
 
-av = pytest.importorskip("av")
-FPS = 10  # of the files
+pytest.importorskip("av")
 
 
 @pytest.fixture(params=["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
 def family(request):
     return request.param
-
-
-def film(frames, seed=0, width=64, height=48, stamps=None, fps=FPS):
-    """Bytes of a film of noise; ``stamps`` are its frames' times in units of 1 / fps."""
-    rng = np.random.default_rng(seed)
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="matroska") as out:
-        stream = out.add_stream("mpeg4", rate=fps, options={"qscale": "2"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for number in range(frames):
-            pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts = number if stamps is None else stamps[number]
-            frame.time_base = Fraction(1, fps)
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode(None))
-    return buffer.getvalue()
 
 
 def turn(role, *parts):

@@ -66,7 +66,7 @@ def test_assignment_is_checked():
         ("stabilise=clip", "loss.stabilise", ["clip"]),
         ("freeze=[]", "model.freeze", []),
         ("freeze+=projector", "model.freeze", ["vision_tower", "audio_tower", "projector"]),
-        ("freeze.0=projector", "model.freeze", ["projector"]),
+        ("freeze.0=projector", "model.freeze", ["projector", "audio_tower"]),
         ("columns.image=picture", "data.columns", {"image": "picture"}),
         ("--train.learning-rate=1e-6", "train.learning_rate", 1e-6),
     ],
