@@ -15,6 +15,8 @@ from mmpost.core.sample import Part, Sample, Turn
 from mmpost.media import audio
 from mmpost.models.load import load
 from mmpost.rollout.generate import Sampling, complete
+from mmpost.rollout.vllm_wire import processor_options
+from mmpost.train.shard import tower_features
 from tests.unit.clips import RATE, wav
 
 soundfile = pytest.importorskip("soundfile")
@@ -187,6 +189,20 @@ def test_rollouts_name_the_log_probabilities_that_training_computes(model):
             with torch.no_grad():
                 logp = model.policy(layout.pad(model.adapter, [(prompt, tokens)]))[0]
             assert np.abs(np.asarray(rollout.logp) - logp.numpy()).max() < 1e-5
+
+
+def test_the_tower_runs_on_a_small_sound_where_a_process_has_none(model):
+    features = tower_features(model.policy.inner.base_model, model.adapter.dummy_media())
+    assert features.shape[-1] == model.policy.inner.config.text_config.hidden_size
+    assert features.isfinite().all()
+
+
+def test_the_vllm_engine_refuses_a_model_of_sounds(model):
+    with pytest.raises(MmpostError) as caught:
+        processor_options(model.adapter)
+    assert str(caught.value) == (
+        "the vllm engine takes text and images, not audio. Set rollout.engine=native. [MMP-C040]"
+    )
 
 
 def test_another_sound_gives_other_probabilities(model):
