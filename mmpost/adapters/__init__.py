@@ -7,5 +7,6 @@ ADAPTERS = {
     "qwen3_vl": "mmpost.adapters.qwen_vl:Qwen3VLAdapter",
     "qwen2_audio": "mmpost.adapters.qwen2_audio:Qwen2AudioAdapter",
     "qwen2_5_omni_thinker": "mmpost.adapters.qwen_omni:QwenOmniAdapter",
+    "audioflamingo3": "mmpost.adapters.audio_flamingo:AudioFlamingoAdapter",
     "smolvlm": "mmpost.adapters.smolvlm:SmolVLMAdapter",
 }

@@ -59,6 +59,7 @@ class MediaAdapter:
     position_axes = 1
     kinds: tuple[Kind, ...] = ("image",)
     min_seconds = audio_media.MIN_SECONDS
+    items_touch = False  # whether placeholders of two entries of ``lengths`` may stand side by side
 
     def __init__(self, processor: Any, config: Any, *, media: MediaSection, max_length: int = 1 << 30) -> None:
         self.processor = processor
@@ -316,7 +317,8 @@ class MediaAdapter:
             if counts[kind] != sum(lengths):
                 raise self._mismatch(sample, kind, counts[kind], sum(lengths))
             # Two wrong items can cancel in the total, which is all that the model itself looks at.
-            for run, features in zip(_runs(ids == token), lengths, strict=False):
+            runs = [] if self.items_touch else _runs(ids == token)
+            for run, features in zip(runs, lengths, strict=False):
                 if run != features:
                     raise self._mismatch(sample, kind, run, features)
         total = ids.numel()

@@ -37,7 +37,7 @@ class WhisperSounds(MediaAdapter):
     def tokens_for(self, samples: int) -> int:
         """Number of tokens of a clip of so many samples at the encoder's rate."""
         extractor = self.processor.feature_extractor
-        return _tokens(-(-min(samples, extractor.n_samples) // extractor.hop_length))
+        return tokens_of(-(-min(samples, extractor.n_samples) // extractor.hop_length))
 
     def sound_features(self, shown: Shown) -> dict[str, Tensor]:
         """Log-mel features by the checkpoint's extractor."""
@@ -54,7 +54,7 @@ class WhisperSounds(MediaAdapter):
     def sound_lengths(self, media: dict[str, Tensor]) -> list[int]:
         """Two convolutions and a pooling leave a quarter of the frames."""
         masks = media.get("feature_attention_mask")
-        return [] if masks is None else [_tokens(int(frames)) for frames in masks.sum(-1)]
+        return [] if masks is None else [tokens_of(int(frames)) for frames in masks.sum(-1)]
 
 
 class Qwen2AudioAdapter(WhisperSounds):
@@ -81,6 +81,6 @@ class Qwen2AudioAdapter(WhisperSounds):
         return self.features({"audio": [silence]})
 
 
-def _tokens(frames: int) -> int:
+def tokens_of(frames: int) -> int:
     """Features of so many log-mel frames; Qwen2-Audio's own formula, 0 for an empty clip."""
     return max(0, (((frames - 1) // 2 + 1) - 2) // 2 + 1)

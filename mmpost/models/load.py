@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, BitsAndBytesConfig
 
 from mmpost.adapters import ADAPTERS
+from mmpost.adapters.audio_flamingo import cast_features
 from mmpost.config.schema import FullSettings, LoraSettings, MediaSection, ModelSection
 from mmpost.core.catalog import Catalog
 from mmpost.core.errors import MmpostError
@@ -133,8 +135,10 @@ def load(
     if quantized:
         options |= _quantization(section, peft, dtype, device)
     model = _open(
-        AutoModelForMultimodalLM, base, name, dtype=dtype, attn_implementation=section.attn_implementation, **options
+        _model_class(config), base, name, dtype=dtype, attn_implementation=section.attn_implementation, **options
     )
+    if config.model_type == "audioflamingo3":
+        cast_features(model)
     if adapter_folder:
         model = PeftModel.from_pretrained(model, adapter_folder, is_trainable=peft is not None)
     elif peft is not None:
@@ -151,6 +155,13 @@ def load(
     policy = Policy(model if quantized else model.to(device)).eval()
     fresh = isinstance(peft, LoraSettings) and adapter_folder is None
     return LoadedModel(policy, adapter, name, base, section, peft, fresh)
+
+
+def _model_class(config: Any) -> Any:
+    """The class of a checkpoint; some with sound are in no list of transformers but their own."""
+    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    listed = type(config) in AutoModelForMultimodalLM._model_mapping
+    return AutoModelForMultimodalLM if listed or named is None else named
 
 
 def _resolve(name: str, seed: int) -> str:

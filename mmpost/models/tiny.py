@@ -35,7 +35,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from mmpost.core.errors import MmpostError
-from mmpost.models.tiny_audio import qwen2_audio, qwen_omni
+from mmpost.models.tiny_audio import audio_flamingo, qwen2_audio, qwen_omni
 from mmpost.models.tiny_parts import DIMS, Builder, Dims, Size, init, rope, text, tower
 from mmpost.models.tiny_tokenizer import QWEN2, QWEN3, SMOLVLM, Style, train
 
@@ -239,6 +239,7 @@ FAMILIES: Mapping[str, Builder] = {
     "smolvlm": _smolvlm,
     "qwen2-audio": qwen2_audio,
     "qwen2.5-omni": qwen_omni,
+    "audio-flamingo-3": audio_flamingo,
 }
 _NAMES: Mapping[str, tuple[str, Size]] = {
     "tiny-vlm": ("qwen2.5-vl", "demo"),

@@ -1,4 +1,4 @@
-"""Small Qwen2-Audio and Qwen2.5-Omni (thinker), built offline: two-second windows instead of thirty."""
+"""Small Qwen2-Audio, Qwen2.5-Omni (thinker) and Audio Flamingo 3, built offline: windows of two seconds, not thirty."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from transformers import (
+    AudioFlamingo3Config,
+    AudioFlamingo3ForConditionalGeneration,
+    AudioFlamingo3Processor,
     Qwen2_5OmniProcessor,
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
@@ -18,7 +21,7 @@ from transformers import (
 )
 
 from mmpost.models.tiny_parts import Dims, init, rope, text, tower
-from mmpost.models.tiny_tokenizer import QWEN2_AUDIO, QWEN_OMNI, train
+from mmpost.models.tiny_tokenizer import AUDIO_FLAMINGO, QWEN2_AUDIO, QWEN_OMNI, train
 
 WINDOW_SECONDS = 2  # Whisper's 30 would make every clip, however short, cost as much as 30 seconds
 MEL_BANDS = 32
@@ -78,6 +81,30 @@ def qwen_omni(dims: Dims, seed: int, corpus: Iterable[str] | None) -> tuple[Any,
         audio_end_token_id=ids["audio_eos_token"],
     )
     return init(Qwen2_5OmniThinkerForConditionalGeneration, config, seed, tokenizer), processor
+
+
+def audio_flamingo(dims: Dims, seed: int, corpus: Iterable[str] | None) -> tuple[Any, Any]:
+    """Model and processor; clips of up to three windows."""
+    extractor, tokenizer = _extractor(), train(AUDIO_FLAMINGO, corpus)
+    processor = AudioFlamingo3Processor(
+        extractor, tokenizer, chat_template=AUDIO_FLAMINGO.template, max_audio_len=3 * WINDOW_SECONDS
+    )
+    turns = {"rope_type": "default", "rope_theta": dims.theta}
+    config = AudioFlamingo3Config(
+        text_config=text(dims, AUDIO_FLAMINGO, tokenizer) | {"model_type": "qwen2", "rope_parameters": turns},
+        audio_config={
+            "model_type": "audioflamingo3_encoder",
+            "num_mel_bins": MEL_BANDS,
+            "num_hidden_layers": dims.tower_layers,
+            "num_attention_heads": dims.tower_heads,
+            "intermediate_size": dims.tower_ffn,
+            "hidden_size": dims.tower,
+            "max_source_positions": extractor.nb_max_frames // 2,
+            "initializer_range": dims.std,
+        },
+        audio_token_id=tokenizer.convert_tokens_to_ids("<sound>"),
+    )
+    return init(AudioFlamingo3ForConditionalGeneration, config, seed, tokenizer), processor
 
 
 def _extractor() -> WhisperFeatureExtractor:

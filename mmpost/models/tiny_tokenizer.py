@@ -101,6 +101,19 @@ QWEN2_AUDIO = Style(
         audio="<|audio_bos|><|AUDIO|><|audio_eos|>",
     ),
 )
+AUDIO_FLAMINGO = Style(
+    special=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<sound>"),
+    bos="<|endoftext|>",
+    eos="<|im_end|>",
+    pad="<|endoftext|>",
+    template=_template(
+        head="",
+        turn="<|im_start|>{{ message['role'] }}\n",
+        tail="<|im_end|>\n",
+        prompt="<|im_start|>assistant\n",
+        audio="<sound>",
+    ),
+)
 _OMNI_MEDIA = {
     "image": ("<|vision_bos|>", "<|IMAGE|>", "<|vision_eos|>"),
     "video": ("<|vision_bos|>", "<|VIDEO|>", "<|vision_eos|>"),

@@ -351,7 +351,7 @@ def test_unknown_names_are_answered_with_the_known_ones(tmp_path):
     assert str(error.value) == (
         "unknown name 'tiny-qwen2.5' among tiny models. Did you mean 'tiny-qwen2.5-vl'? Known: tiny-vlm, "
         "tiny-qwen2-vl, tiny-qwen2.5-vl, tiny-qwen3-vl, tiny-smolvlm, tiny-qwen2-audio, "
-        "tiny-qwen2.5-omni [MMP-C006]"
+        "tiny-qwen2.5-omni, tiny-audio-flamingo-3 [MMP-C006]"
     )
     with pytest.raises(MmpostError) as error:
         tiny.build("llama", tmp_path / "x")
