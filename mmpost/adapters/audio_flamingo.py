@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmpost.adapters.base import Shown
+from mmpost.adapters.checks import Shown
 from mmpost.adapters.qwen2_audio import Qwen2AudioAdapter, tokens_of
 from mmpost.config.schema import MediaSection
 from mmpost.core.sample import Kind

@@ -7,14 +7,23 @@ what a rollout would have produced (prompt, then answer), and the loss span need
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmpost.adapters.checks import (
+    TOKEN_TYPES,
+    Piece,
+    Shown,
+    media_of,
+    mismatch,
+    refuse_other_kinds,
+    runs_of,
+    too_long,
+)
 from mmpost.config.schema import MediaSection
 from mmpost.core.batch import Batch, Encoded
 from mmpost.core.errors import MmpostError
@@ -22,20 +31,6 @@ from mmpost.core.sample import Kind, Part, Sample, Turn
 from mmpost.media import audio as audio_media
 from mmpost.media import image as image_media
 from mmpost.media import video as video_media
-
-# Decoded media of one stretch, by kind: Pillow images, ``Audio`` and ``Video``, each in reading order.
-Shown = Mapping[Kind, Sequence[Any]]
-# Numbers that transformers gives to kinds of tokens; text is 0.
-TOKEN_TYPES: Mapping[Kind, int] = {"image": 1, "video": 2, "audio": 3}
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A stretch of the rendered conversation that trains as a whole or not at all."""
-
-    text: str
-    media: tuple[Part, ...]
-    train: bool
 
 
 class MediaAdapter:
@@ -126,7 +121,7 @@ class MediaAdapter:
 
     def encode_prompt(self, sample: Sample) -> Encoded:
         """The same for a prompt that the policy continues; nothing in it trains."""
-        self._refuse_other_kinds(sample)
+        refuse_other_kinds(sample, self.kinds, self.config.model_type)
         text = self._render(sample.turns, generate=True)
         return self._encode_pieces(sample, [Piece(text, tuple(sample.media()), False)])
 
@@ -178,7 +173,7 @@ class MediaAdapter:
 
     def _pieces(self, sample: Sample, loss_on: str) -> list[Piece]:
         """Cut the rendered conversation at the borders of the turns that train."""
-        self._refuse_other_kinds(sample)
+        refuse_other_kinds(sample, self.kinds, self.config.model_type)
         turns = sample.turns
         last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
         chosen = [
@@ -199,12 +194,12 @@ class MediaAdapter:
                     "Set train.loss_on=last_assistant, or use a template that keeps earlier turns as they are.",
                 )
             end = len(before) + self._answer_length(after[len(before) :], turns[index].text)
-            pieces.append(Piece(whole[cut : len(before)], _media(turns[turns_cut:index]), False))
+            pieces.append(Piece(whole[cut : len(before)], media_of(turns[turns_cut:index]), False))
             pieces.extend(self._answer_pieces(sample, turns[index], whole[len(before) : end]))
             cut, turns_cut = end, index
         if cut < len(whole) and chosen and chosen[-1] != len(turns) - 1:
-            pieces.append(Piece(whole[cut:], _media(turns[turns_cut:]), False))
-        return pieces or [Piece(whole, _media(turns), False)]
+            pieces.append(Piece(whole[cut:], media_of(turns[turns_cut:]), False))
+        return pieces or [Piece(whole, media_of(turns), False)]
 
     def _answer_pieces(self, sample: Sample, turn: Turn, text: str) -> list[Piece]:
         """A rendered turn that trains, cut around the parts of it that do not; its end trains with its last part."""
@@ -288,17 +283,6 @@ class MediaAdapter:
 
     # -- checks --------------------------------------------------------------------------------------------------
 
-    def _refuse_other_kinds(self, sample: Sample) -> None:
-        """Chat templates leave out what they do not know, and the row would train without it."""
-        other = [part.kind for part in sample.media() if part.kind not in self.kinds]
-        if other:
-            raise MmpostError(
-                "MMP-D042",
-                f"{sample.origin}: the row has a part of kind {other[0]}, but the model ({self.config.model_type}) "
-                f"takes text and {', '.join(self.kinds)}.",
-                "Choose a model that takes it, or remove the part.",
-            )
-
     def _check_marks(self, sample: Sample, text: str, shown: Shown) -> None:
         """One placeholder for each item of a stretch; the processor would raise without naming the row."""
         for kind, items in shown.items():
@@ -306,7 +290,7 @@ class MediaAdapter:
             if marks != len(items):
                 alone = self._tokenize(self.tokens[kind] * len(items), {kind: items})[1]
                 features = sum(self.lengths(kind, alone))
-                raise self._mismatch(sample, kind, features + marks - len(items), features)
+                raise mismatch(sample, self.config.model_type, kind, features + marks - len(items), features)
 
     def _check(self, sample: Sample, ids: Tensor, media: dict[str, Tensor]) -> None:
         """Placeholders equal features item by item, and the row fits. Media are never cut."""
@@ -315,29 +299,15 @@ class MediaAdapter:
             counts[kind] = int((ids == token).sum())
             lengths = self.lengths(kind, media) if media else []
             if counts[kind] != sum(lengths):
-                raise self._mismatch(sample, kind, counts[kind], sum(lengths))
+                raise mismatch(sample, self.config.model_type, kind, counts[kind], sum(lengths))
             # Two wrong items can cancel in the total, which is all that the model itself looks at.
-            runs = [] if self.items_touch else _runs(ids == token)
+            runs = [] if self.items_touch else runs_of(ids == token)
             for run, features in zip(runs, lengths, strict=False):
                 if run != features:
-                    raise self._mismatch(sample, kind, run, features)
+                    raise mismatch(sample, self.config.model_type, kind, run, features)
         total = ids.numel()
         if total > self.max_length:
-            parts = ", ".join(f"{kind} {count}" for kind, count in counts.items())
-            raise MmpostError(
-                "MMP-D014",
-                f"{sample.origin}: {total} tokens (text {total - sum(counts.values())}, {parts}) exceed "
-                f"data.max_length {self.max_length}. Media spans are never cut.",
-                f"Options: data.max_length={-(-total // 64) * 64}, data.media.max_pixels, or data.on_long=drop",
-            )
-
-    def _mismatch(self, sample: Sample, kind: Kind, placeholders: int, features: int) -> MmpostError:
-        return MmpostError(
-            "MMP-D015",
-            f"{sample.origin}: processor produced {placeholders} {kind} placeholders but the encoder {features} "
-            f"features (model {self.config.model_type}); this row would fail in forward.",
-            f"Remove literal {kind} tokens from the text, or check that processor and weights belong together.",
-        )
+            raise too_long(sample, total, counts, self.max_length)
 
     def stop_at(self, ids: int | Sequence[int] | None) -> None:
         """Add end tokens, as a checkpoint's generation settings name them."""
@@ -390,14 +360,3 @@ class MediaAdapter:
     def save(self, folder: Path) -> None:
         """Write processor, tokenizer and chat template."""
         self.processor.save_pretrained(folder)
-
-
-def _media(turns: Sequence[Turn]) -> tuple[Part, ...]:
-    """Media parts of turns in reading order."""
-    return tuple(part for turn in turns for part in turn.parts if part.kind != "text")
-
-
-def _runs(mask: Tensor) -> list[int]:
-    """Lengths of the stretches of True in a bool ``[T]``, in order."""
-    values, counts = torch.unique_consecutive(mask, return_counts=True)
-    return [int(count) for count in counts[values]]

@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from mmpost.adapters.base import MediaAdapter, Shown
+from mmpost.adapters.base import MediaAdapter
+from mmpost.adapters.checks import Shown
 from mmpost.config.schema import MediaSection
 from mmpost.core.sample import Kind
 from mmpost.media.audio import Audio

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmpost.adapters.base import Shown
+from mmpost.adapters.checks import Shown
 from mmpost.adapters.qwen2_audio import WhisperSounds
 from mmpost.adapters.qwen_vl import QwenVLAdapter
 from mmpost.config.schema import MediaSection

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmpost.adapters.base import TOKEN_TYPES, MediaAdapter, Shown
+from mmpost.adapters.base import MediaAdapter
+from mmpost.adapters.checks import TOKEN_TYPES, Shown
 from mmpost.config.schema import MediaSection
 from mmpost.core.sample import Kind
 from mmpost.media.video import Video

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmpost.adapters.base import MediaAdapter, Shown
+from mmpost.adapters.base import MediaAdapter
+from mmpost.adapters.checks import Shown
 from mmpost.config.schema import MediaSection
 from mmpost.core.sample import Kind
 
