@@ -6,10 +6,13 @@ import torch
 from transformers.video_utils import VideoMetadata
 
 from mmpost.adapters import layout
+from mmpost.config.schema import RolloutSection
 from mmpost.core.errors import MmpostError
 from mmpost.core.sample import Part, Sample, Turn
 from mmpost.media import image, video
+from mmpost.rollout.engine import Prompt, Setup
 from mmpost.rollout.generate import Sampling, complete
+from mmpost.rollout.transformers_engine import TransformersEngine
 from tests.unit.clips import film
 
 pytest.importorskip("av")
@@ -224,3 +227,18 @@ def test_frame_budgets_hold(open_adapter):
     adapter = open_adapter(fps=5, max_frames=4)
     sample = row(turn("user", film(30), "hi"), turn("assistant", "no"))
     assert int(adapter.encode(sample).media["video_grid_thw"][0, 0]) == 2
+
+
+def test_the_transformers_engine_refuses_films_whose_times_outrun_the_text(tiny_model, family):
+    def engine(seconds):
+        sample = row(turn("user", film(10 * seconds), "When?"))
+        prompt = Prompt(tiny_model.adapter.encode_prompt(sample), 0, sample)
+        made = TransformersEngine(Setup(RolloutSection(), tiny_model.policy, tiny_model.adapter, "tiny", 8))
+        return made.complete([prompt], n=1, sampling=Sampling(max_new_tokens=2))
+
+    if family == "qwen3-vl":
+        assert len(engine(12)[0]) == 1  # its times stand in the text
+        return
+    with pytest.raises(MmpostError, match=r"rows\.jsonl:7: the transformers engine gives completions") as caught:
+        engine(30)
+    assert caught.value.code == "MMP-C040"
