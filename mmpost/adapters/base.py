@@ -8,36 +8,43 @@ what a rollout would have produced (prompt, then answer), and the loss span need
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from mmpost.adapters.checks import (
+    TOKEN_TYPES,
+    Piece,
+    Shown,
+    media_of,
+    mismatch,
+    refuse_other_kinds,
+    runs_of,
+    too_long,
+)
 from mmpost.config.schema import MediaSection
 from mmpost.core.batch import Batch, Encoded
 from mmpost.core.errors import MmpostError
-from mmpost.core.sample import Sample, Turn
+from mmpost.core.sample import Kind, Part, Sample, Turn
+from mmpost.media import audio as audio_media
 from mmpost.media import image as image_media
+from mmpost.media import video as video_media
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A stretch of the rendered conversation that trains as a whole or not at all."""
+class MediaAdapter:
+    """Media and text through a Hugging Face processor.
 
-    text: str
-    num_images: int
-    train: bool
-
-
-class VisionAdapter:
-    """Images and text through a Hugging Face processor.
-
-    Subclasses say how media tensors are joined, which positions tokens get, and how many tokens an image takes.
+    Subclasses say which kinds of media there are, how they become tensors, how those are joined, which positions tokens
+    get, and how many tokens an item takes.
 
     Attributes:
+        kinds: Kinds of media that the model takes.
+        min_seconds: Shorter sounds are refused.
+        section: Budgets, with those of the checkpoint put in.
+        tokens: Text of the placeholder of each kind.
+        token_ids: Its id.
         processor: The checkpoint's processor.
         pad_token_id: Id that fills padding.
         stop_token_ids: Ids that end a completion.
@@ -45,28 +52,46 @@ class VisionAdapter:
     """
 
     position_axes = 1
+    kinds: tuple[Kind, ...] = ("image",)
+    min_seconds = audio_media.MIN_SECONDS
+    items_touch = False  # whether placeholders of two entries of ``lengths`` may stand side by side
 
     def __init__(self, processor: Any, config: Any, *, media: MediaSection, max_length: int = 1 << 30) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.config = config
         self.max_length = max_length
-        self.image_token_id: int = config.image_token_id
+        self.section = media
+        self.tokens: dict[Kind, str] = {kind: getattr(processor, f"{kind}_token") for kind in self.kinds}
+        self.token_ids: dict[Kind, int] = {kind: getattr(config, f"{kind}_token_id") for kind in self.kinds}
         pad = self.tokenizer.pad_token_id
         self.stop_token_ids = self._stop_ids()
         self.pad_token_id: int = pad if pad is not None else self.stop_token_ids[0]
         self.media_token_ids = self._media_ids()
-        self.apply_pixel_budget(media)
+        self.apply_budget(media)
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of the placeholder of images; -1, which no token has, for a model without images."""
+        return self.token_ids.get("image", -1)
 
     # -- what a family defines -----------------------------------------------------------------------------------
 
-    def apply_pixel_budget(self, media: MediaSection) -> None:
-        """Set the processor's size limits."""
+    def apply_budget(self, media: MediaSection) -> None:
+        """Set the processor's size limits, and the checkpoint's in ``section``."""
         raise NotImplementedError
 
-    def image_lengths(self, media: dict[str, Tensor]) -> list[int]:
-        """Number of features that the encoder makes of each image of a row."""
+    def features(self, shown: Shown) -> dict[str, Tensor]:
+        """Model arguments of decoded media."""
         raise NotImplementedError
+
+    def lengths(self, kind: Kind, media: dict[str, Tensor]) -> list[int]:
+        """Number of features that the encoder makes of each stretch of placeholders of one kind in a row."""
+        raise NotImplementedError
+
+    def spelled(self, text: str, shown: Shown, media: dict[str, Tensor]) -> str:
+        """The text with one placeholder for each entry of ``lengths``; families that write times put them in."""
+        return text
 
     def positions(self, ids: Tensor, media: dict[str, Tensor]) -> Tensor:
         """Position ids ``[A, T]`` of a row; plain counting unless the family has its own scheme."""
@@ -89,14 +114,16 @@ class VisionAdapter:
 
         Raises:
             MmpostError: MMP-D014 when the row is too long, MMP-D015 when placeholders and features disagree,
-                MMP-D031 when the chat template rewrites earlier turns, or a decoding error of the media.
+                MMP-D031 when the chat template rewrites earlier turns, MMP-D042 for media of a kind that the model does
+                not take, or a decoding error of the media.
         """
         return self._encode_pieces(sample, self._pieces(sample, loss_on))
 
     def encode_prompt(self, sample: Sample) -> Encoded:
         """The same for a prompt that the policy continues; nothing in it trains."""
+        refuse_other_kinds(sample, self.kinds, self.config.model_type)
         text = self._render(sample.turns, generate=True)
-        return self._encode_pieces(sample, [Piece(text, len(sample.media("image")), False)])
+        return self._encode_pieces(sample, [Piece(text, tuple(sample.media()), False)])
 
     def encode_answer(self, sample: Sample) -> Tensor:
         """Ids of the final assistant turn as ``encode`` trains them, the end token included, int64 ``[n]``.
@@ -104,11 +131,18 @@ class VisionAdapter:
         Behind the ids of ``encode_prompt`` of the same row without that turn they are the ids of ``encode``.
         """
         pieces = self._pieces(sample, "last_assistant")
-        return self._tokenize(next(piece for piece in reversed(pieces) if piece.train), [])[0]
+        return self._tokenize(next(piece for piece in reversed(pieces) if piece.train).text, {})[0]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a completion without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def token_types(self, ids: Tensor) -> Tensor:
+        """What transformers calls ``mm_token_type_ids``: the kind of each id, in the shape of ``ids``."""
+        types = torch.zeros_like(ids)
+        for kind, token in self.token_ids.items():
+            types[ids == token] = TOKEN_TYPES[kind]
+        return types
 
     def _render(self, turns: Sequence[Turn], *, generate: bool) -> str:
         parts = [
@@ -139,6 +173,7 @@ class VisionAdapter:
 
     def _pieces(self, sample: Sample, loss_on: str) -> list[Piece]:
         """Cut the rendered conversation at the borders of the turns that train."""
+        refuse_other_kinds(sample, self.kinds, self.config.model_type)
         turns = sample.turns
         last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
         chosen = [
@@ -148,7 +183,7 @@ class VisionAdapter:
         ]
         whole = self._render(turns, generate=False)
         pieces: list[Piece] = []
-        cut, images_cut = 0, 0
+        cut, turns_cut = 0, 0
         for index in chosen:
             before = self._render(turns[:index], generate=True)
             after = self._render(turns[: index + 1], generate=False)
@@ -159,18 +194,17 @@ class VisionAdapter:
                     "Set train.loss_on=last_assistant, or use a template that keeps earlier turns as they are.",
                 )
             end = len(before) + self._answer_length(after[len(before) :], turns[index].text)
-            images = sum(len([p for p in turn.parts if p.kind == "image"]) for turn in turns[:index])
-            pieces.append(Piece(whole[cut : len(before)], images - images_cut, False))
+            pieces.append(Piece(whole[cut : len(before)], media_of(turns[turns_cut:index]), False))
             pieces.extend(self._answer_pieces(sample, turns[index], whole[len(before) : end]))
-            cut, images_cut = end, images
+            cut, turns_cut = end, index
         if cut < len(whole) and chosen and chosen[-1] != len(turns) - 1:
-            pieces.append(Piece(whole[cut:], len(sample.media("image")) - images_cut, False))
-        return pieces or [Piece(whole, len(sample.media("image")), False)]
+            pieces.append(Piece(whole[cut:], media_of(turns[turns_cut:]), False))
+        return pieces or [Piece(whole, media_of(turns), False)]
 
     def _answer_pieces(self, sample: Sample, turn: Turn, text: str) -> list[Piece]:
         """A rendered turn that trains, cut around the parts of it that do not; its end trains with its last part."""
         if all(part.train for part in turn.parts):
-            return [Piece(text, 0, True)]
+            return [Piece(text, (), True)]
         pieces: list[Piece] = []
         cut = 0
         for part in turn.parts:
@@ -181,9 +215,9 @@ class VisionAdapter:
                     f"{sample.origin}: the chat template rewrites a message that has parts with train=false.",
                     "Put the context into the user's message, or use another template.",
                 )
-            pieces.append(Piece(text[cut : start + len(part.text)], 0, part.train))
+            pieces.append(Piece(text[cut : start + len(part.text)], (), part.train))
             cut = start + len(part.text)
-        return [*pieces, Piece(text[cut:], 0, turn.parts[-1].train)]
+        return [*pieces, Piece(text[cut:], (), turn.parts[-1].train)]
 
     def _answer_length(self, rendered: str, text: str) -> int:
         """Characters of a rendered assistant turn that train: the text and the end-of-turn token behind it."""
@@ -197,25 +231,15 @@ class VisionAdapter:
         return min(ends) if ends else len(rendered.rstrip())
 
     def _encode_pieces(self, sample: Sample, pieces: Sequence[Piece]) -> Encoded:
-        images = [
-            image_media.load(part.ref, origin=sample.origin) for part in sample.media("image") if part.ref is not None
-        ]
         ids: list[Tensor] = []
         train: list[Tensor] = []
         media: list[dict[str, Tensor]] = []
-        used = 0
         for piece in pieces:
             if not piece.text:
                 continue
-            shown = images[used : used + piece.num_images]
-            used += piece.num_images
-            marks = piece.text.count(self.processor.image_token)
-            if shown and marks != len(shown):
-                # The processor would raise without naming the row.
-                alone = Piece(self.processor.image_token * len(shown), len(shown), False)
-                features = sum(self.image_lengths(self._tokenize(alone, shown)[1]))
-                raise self._mismatch(sample, features + marks - len(shown), features)
-            piece_ids, piece_media = self._tokenize(piece, shown)
+            shown = self._decoded(sample, piece.media)
+            self._check_marks(sample, piece.text, shown)
+            piece_ids, piece_media = self._tokenize(piece.text, shown)
             ids.append(piece_ids)
             train.append(torch.full((piece_ids.numel(),), piece.train))
             if piece_media:
@@ -225,57 +249,65 @@ class VisionAdapter:
         self._check(sample, joined, tensors)
         return Encoded(joined, torch.cat(train), self.positions(joined, tensors), tensors, sample.origin)
 
-    def _tokenize(self, piece: Piece, images: list[Image.Image]) -> tuple[Tensor, dict[str, Tensor]]:
-        if not images:
-            ids = self.tokenizer(piece.text, add_special_tokens=False)["input_ids"]
-            return torch.tensor(ids, dtype=torch.long), {}
-        out = self.processor(text=[piece.text], images=self.nest(images), add_special_tokens=False, return_tensors="pt")
-        media = {
-            name: value
-            for name, value in out.items()
-            if name not in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
-        }
-        return out["input_ids"][0], media
+    def _decoded(self, sample: Sample, parts: Sequence[Part]) -> Shown:
+        """Decoded media of some parts, by kind."""
+        shown: dict[Kind, list[Any]] = {}
+        for part in parts:
+            if part.ref is not None:
+                shown.setdefault(part.kind, []).append(self._load(part.kind, part.ref, sample.origin))
+        return shown
 
-    def nest(self, images: list[Image.Image]) -> list[Any]:
-        """Images of one row in the shape that the processor wants."""
-        return list(images)
+    def _load(self, kind: Kind, ref: str | bytes, origin: str) -> Any:
+        if kind == "audio":
+            return audio_media.load(ref, section=self.section, origin=origin, min_seconds=self.min_seconds)
+        if kind == "video":
+            return video_media.load(ref, section=self.section, origin=origin)
+        return image_media.load(ref, origin=origin)
+
+    def _tokenize(self, text: str, shown: Shown) -> tuple[Tensor, dict[str, Tensor]]:
+        """Ids with every placeholder as often as the encoder has features for it, and the media tensors.
+
+        The processor's own call does the same with the text; its checks of options cost more than both.
+        """
+        media = self.features(shown) if shown else {}
+        text = self.spelled(text, shown, media)
+        ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+        times = torch.ones_like(ids)
+        for kind in shown:
+            times[ids == self.token_ids[kind]] = torch.tensor(self.lengths(kind, media))
+        return ids.repeat_interleave(times), media
 
     def dummy_media(self) -> dict[str, Tensor]:
-        """Media tensors of a small picture, for a pass through the tower whose result is not used.
-
-        Black, because SmolVLM takes a picture of zeros (middle grey) for padding.
-        """
-        return self._tokenize(Piece(self.processor.image_token, 1, False), [Image.new("RGB", (28, 28))])[1]
+        """Media tensors of a small medium, for a pass through the tower whose result is not used."""
+        raise NotImplementedError
 
     # -- checks --------------------------------------------------------------------------------------------------
 
+    def _check_marks(self, sample: Sample, text: str, shown: Shown) -> None:
+        """One placeholder for each item of a stretch; the processor would raise without naming the row."""
+        for kind, items in shown.items():
+            marks = text.count(self.tokens[kind])
+            if marks != len(items):
+                alone = self._tokenize(self.tokens[kind] * len(items), {kind: items})[1]
+                features = sum(self.lengths(kind, alone))
+                raise mismatch(sample, self.config.model_type, kind, features + marks - len(items), features)
+
     def _check(self, sample: Sample, ids: Tensor, media: dict[str, Tensor]) -> None:
         """Placeholders equal features item by item, and the row fits. Media are never cut."""
-        placeholders = int((ids == self.image_token_id).sum())
-        lengths = self.image_lengths(media) if media else []
-        if placeholders != sum(lengths):
-            raise self._mismatch(sample, placeholders, sum(lengths))
-        # Two wrong items can cancel in the total, which is all that the model itself looks at.
-        for run, features in zip(_runs(ids == self.image_token_id), lengths, strict=False):
-            if run != features:
-                raise self._mismatch(sample, run, features)
+        counts: dict[Kind, int] = {"image": 0, "video": 0, "audio": 0}
+        for kind, token in self.token_ids.items():
+            counts[kind] = int((ids == token).sum())
+            lengths = self.lengths(kind, media) if media else []
+            if counts[kind] != sum(lengths):
+                raise mismatch(sample, self.config.model_type, kind, counts[kind], sum(lengths))
+            # Two wrong items can cancel in the total, which is all that the model itself looks at.
+            runs = [] if self.items_touch else runs_of(ids == token)
+            for run, features in zip(runs, lengths, strict=False):
+                if run != features:
+                    raise mismatch(sample, self.config.model_type, kind, run, features)
         total = ids.numel()
         if total > self.max_length:
-            raise MmpostError(
-                "MMP-D014",
-                f"{sample.origin}: {total} tokens (text {total - placeholders}, image {placeholders}, "
-                f"video 0, audio 0) exceed data.max_length {self.max_length}. Media spans are never cut.",
-                f"Options: data.max_length={-(-total // 64) * 64}, data.media.max_pixels, or data.on_long=drop",
-            )
-
-    def _mismatch(self, sample: Sample, placeholders: int, features: int) -> MmpostError:
-        return MmpostError(
-            "MMP-D015",
-            f"{sample.origin}: processor produced {placeholders} image placeholders but the encoder {features} "
-            f"features (model {self.config.model_type}); this row would fail in forward.",
-            "Remove literal image tokens from the text, or check that processor and weights belong together.",
-        )
+            raise too_long(sample, total, counts, self.max_length)
 
     def stop_at(self, ids: int | Sequence[int] | None) -> None:
         """Add end tokens, as a checkpoint's generation settings name them."""
@@ -291,8 +323,8 @@ class VisionAdapter:
         return tuple(dict.fromkeys(token for token in found if token is not None))
 
     def _media_ids(self) -> tuple[int, ...]:
-        names = ("image_token_id", "video_token_id", "audio_token_id", "vision_start_token_id", "vision_end_token_id")
-        ids = [getattr(self.config, name, None) for name in names]
+        kinds = ("image", "video", "audio", "vision_start", "vision_end", "audio_start", "audio_end")
+        ids = [getattr(self.config, f"{kind}_token_id", None) for kind in kinds]
         return tuple(dict.fromkeys(token for token in ids if isinstance(token, int)))
 
     # -- batches -------------------------------------------------------------------------------------------------
@@ -328,9 +360,3 @@ class VisionAdapter:
     def save(self, folder: Path) -> None:
         """Write processor, tokenizer and chat template."""
         self.processor.save_pretrained(folder)
-
-
-def _runs(mask: Tensor) -> list[int]:
-    """Lengths of the stretches of True in a bool ``[T]``, in order."""
-    values, counts = torch.unique_consecutive(mask, return_counts=True)
-    return [int(count) for count in counts[values]]

@@ -90,7 +90,7 @@ class _Packing:
         first = torch.tensor([before.start + before.length - 1])
         after = torch.empty(0, dtype=torch.long)
         if count > 0:
-            start = prompt.positions.max() + 1
+            start = prompt.positions[:, -1].max() + 1
             places = (start + torch.arange(count)).expand(prompt.positions.shape[0], count)
             segment = self._add(tokens[:-1], places, number)
             after = self.segments[segment].start + torch.arange(count)

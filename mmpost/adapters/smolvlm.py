@@ -6,23 +6,24 @@ Source: SmolVLM (arXiv 2504.05299) and transformers' SmolVLM processor.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mmpost.adapters.base import VisionAdapter
+from mmpost.adapters.base import MediaAdapter
+from mmpost.adapters.checks import Shown
 from mmpost.config.schema import MediaSection
+from mmpost.core.sample import Kind
 
 
-class SmolVLMAdapter(VisionAdapter):
+class SmolVLMAdapter(MediaAdapter):
     """Tiles ``pixel_values [B, tiles, 3, H, W]`` with ``pixel_attention_mask [B, tiles, H, W]``.
 
     Rows with fewer tiles are filled with tiles of zeros, which the model recognises and drops.
     """
 
-    def apply_pixel_budget(self, media: MediaSection) -> None:
+    def apply_budget(self, media: MediaSection) -> None:
         """The processor limits the longest edge; a pixel budget becomes the edge of a square of that area.
 
         The edge is a whole number of tiles, at least one, because the processor enlarges a picture to whole tiles.
@@ -33,11 +34,21 @@ class SmolVLMAdapter(VisionAdapter):
             edge = max(tile, int(media.max_pixels**0.5) // tile * tile)
             image_processor.size = {**size, "longest_edge": min(size["longest_edge"], edge)}
 
-    def nest(self, images: list[Image.Image]) -> list[Any]:
-        """A list of images for each row."""
-        return [images]
+    def _tokenize(self, text: str, shown: Shown) -> tuple[Tensor, dict[str, Tensor]]:
+        """Everything by the processor, because tiles have text between them."""
+        if not shown:
+            return super()._tokenize(text, shown)
+        # A list of images for each row.
+        images = [list(shown["image"])]
+        out = self.processor(text=[text], images=images, add_special_tokens=False, return_tensors="pt")
+        media = {name: out[name] for name in ("pixel_values", "pixel_attention_mask") if name in out}
+        return out["input_ids"][0], media
 
-    def image_lengths(self, media: dict[str, Tensor]) -> list[int]:
+    def dummy_media(self) -> dict[str, Tensor]:
+        """A black picture, because one of zeros (middle grey) is taken for padding."""
+        return self._tokenize(self.tokens["image"], {"image": [Image.new("RGB", (28, 28))]})[1]
+
+    def lengths(self, kind: Kind, media: dict[str, Tensor]) -> list[int]:
         """``image_seq_len`` features per tile."""
         vision = self.config.vision_config
         per_tile = int((vision.image_size // vision.patch_size) ** 2 / self.config.scale_factor**2)

@@ -141,7 +141,7 @@ def prepare(data: Sequence[Data], section: DataSection, *, command: Literal["sft
         if media == "auto":
             files = len({part.ref for sample in source for part in sample.media()})
             media = "decode" if files <= DECODE_ALL_UP_TO else "exists"
-        found = check.check(source.samples, command=use, media=media, id_scope={})
+        found = check.check(source.samples, command=use, media=media, id_scope={}, budgets=section.media)
         if found and section.on_bad_row != "error":
             _leave_out(source, found, section)
         else:

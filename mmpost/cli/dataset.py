@@ -70,6 +70,6 @@ def _lengths(data: Data, model: str, command: str | None, faults: list[MmpostErr
             if sample.origin not in known:
                 faults.append(error)
             continue
-        image = int((row.ids == adapter.image_token_id).sum())
-        lengths[sample.origin] = {"text": len(row) - image, "image": image}
+        counts = {kind: int((row.ids == token).sum()) for kind, token in adapter.token_ids.items()}
+        lengths[sample.origin] = {"text": len(row) - sum(counts.values()), **counts}
     return lengths

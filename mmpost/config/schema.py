@@ -30,8 +30,8 @@ class ModelSection(Settings):
     attn_implementation: str = Field("sdpa", description="sdpa, eager or flash_attention_2")
     trust_remote_code: bool = Field(False, description="run code that comes with the checkpoint")
     adapter: str = Field("auto", description="modality adapter; auto follows the model type")
-    freeze: list[Literal["vision_tower", "projector", "language_model"]] = Field(
-        ["vision_tower"], description="parts that do not train under full fine-tuning"
+    freeze: list[Literal["vision_tower", "audio_tower", "projector", "language_model"]] = Field(
+        ["vision_tower", "audio_tower"], description="parts that do not train under full fine-tuning"
     )
     quantization: Literal["none", "nf4", "int8"] = Field(
         "none",

@@ -45,7 +45,7 @@ class Encoded:
             tokens: int64 ``[n]``; no placeholders of media among them.
         """
         count = tokens.numel()
-        start = self.positions.max() + 1 if len(self) else 0
+        start = self.positions[:, -1].max() + 1 if len(self) else 0
         after = (start + torch.arange(count)).expand(self.positions.shape[0], count)
         return replace(
             self,

@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+from mmpost.config.schema import MediaSection
 from mmpost.core.errors import MmpostError
 from mmpost.core.sample import Part, Sample, Turn
 from mmpost.data.overview import summary, summary_lines
 from mmpost.data.readers.preference import ANSWERS
 from mmpost.data.readers.prompts import PAIRS
-from mmpost.media import image
+from mmpost.media import audio, image, video
 from mmpost.media.ref import inline_bytes, local_path, locate
 
 __all__ = ["check", "leakage", "summary", "summary_lines"]
@@ -32,19 +33,22 @@ def check(
     media: MediaCheck,
     id_scope: IdScope | None,
     roots: Sequence[str] = (),
+    budgets: MediaSection | None = None,
 ) -> list[MmpostError]:
     """Faults that the reader cannot see: roles for a command, empty answers, ids used twice, media files.
 
     Args:
         samples: Rows of one or more sources.
         command: What the rows are for; None checks what holds for every use.
-        media: ``exists`` looks for the files, ``decode`` also decodes every image.
+        media: ``exists`` looks for the files, ``decode`` also decodes every one.
         id_scope: (source, id) to the row that has it, filled here; pass the same dict again to check ids
             across calls.
         roots: Folders that the reader looked in (``Table.roots``), named when a file is missing.
+        budgets: How sounds and videos are decoded; None takes the defaults.
 
     Returns:
-        MMP-D007, D008, D012, D013, D016, D027, D035 and D040 in the order of the rows, all of them.
+        MMP-D007, D008, D012, D013, D016, D027, D035, D040 and those of the decoders in the order of the rows, all of
+        them.
     """
     faults: list[MmpostError] = []
     seen = {} if id_scope is None else id_scope
@@ -60,7 +64,7 @@ def check(
         faults += _roles(sample, command)
         faults += _identity(sample, seen)
         if media != "none":
-            faults += _media(sample, media, intact, roots)
+            faults += _media(sample, media, intact, roots, budgets)
     return faults
 
 
@@ -107,14 +111,16 @@ def _identity(sample: Sample, seen: IdScope) -> list[MmpostError]:
     return [MmpostError("MMP-D016", f"{sample.origin}: id '{sample.id}' already used in {first}")]
 
 
-def _media(sample: Sample, depth: MediaCheck, intact: set[str], roots: Sequence[str]) -> list[MmpostError]:
+def _media(
+    sample: Sample, depth: MediaCheck, intact: set[str], roots: Sequence[str], budgets: MediaSection | None
+) -> list[MmpostError]:
     """Faults of one row's media; a good file is looked at once, a bad one is named in every row."""
     faults = []
     for part in sample.media():
         if part.kind == "action" or part.ref is None or part.ref in intact:
             continue
         try:
-            _look_at(part, sample.origin, depth, roots)
+            _look_at(part, sample.origin, depth, roots, budgets)
         except MmpostError as error:
             faults.append(error)
         else:
@@ -123,12 +129,18 @@ def _media(sample: Sample, depth: MediaCheck, intact: set[str], roots: Sequence[
     return faults
 
 
-def _look_at(part: Part, origin: str, depth: MediaCheck, roots: Sequence[str]) -> None:
+def _look_at(part: Part, origin: str, depth: MediaCheck, roots: Sequence[str], budgets: MediaSection | None) -> None:
     ref = part.ref
     if isinstance(ref, str) and inline_bytes(ref, kind=part.kind, origin=origin) is None:
         _exists(ref, part.kind, origin, roots)
-    if depth == "decode" and part.kind == "image" and ref is not None:
+    if depth != "decode" or ref is None:
+        return
+    if part.kind == "image":
         image.load(ref, origin=origin)
+    elif part.kind == "audio":
+        audio.load(ref, origin=origin, section=budgets)
+    elif part.kind == "video":
+        video.load(ref, origin=origin, section=budgets)
 
 
 def _exists(ref: str, kind: str, origin: str, roots: Sequence[str]) -> None:

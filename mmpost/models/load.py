@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, BitsAndBytesConfig
 
 from mmpost.adapters import ADAPTERS
+from mmpost.adapters.audio_flamingo import cast_features
 from mmpost.config.schema import FullSettings, LoraSettings, MediaSection, ModelSection
 from mmpost.core.catalog import Catalog
 from mmpost.core.errors import MmpostError
@@ -25,9 +27,18 @@ from mmpost.models.policy import Policy
 # Module-name prefixes of each part, over all supported families.
 PARTS = {
     "vision_tower": ("visual", "vision_model", "vision_tower"),
-    "projector": ("visual.merger", "visual.deepstack_merger_list", "connector", "multi_modal_projector"),
+    "audio_tower": ("audio_tower",),
+    "projector": (
+        "visual.merger",
+        "visual.deepstack_merger_list",
+        "connector",
+        "multi_modal_projector",
+        "audio_tower.proj",
+    ),
     "language_model": ("language_model", "text_model", "lm_head"),
 }
+# Whisper's sinusoids: saved as a parameter, but never trained.
+CONSTANT = "audio_tower.embed_positions.weight"
 
 
 @dataclass(slots=True)
@@ -91,7 +102,7 @@ def load(
     Args:
         section: Name, dtype, what to freeze.
         peft: None to load as saved, for evaluation.
-        media: Pixel budget.
+        media: Budgets of media.
         max_length: Longest row in tokens.
         seed: Seed of ``tiny-*`` weights and of new LoRA weights.
         device: Where to put the weights; default CUDA if there is one.
@@ -110,17 +121,24 @@ def load(
     )
     options: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
     config = _open(AutoConfig, base, name, **options)
+    if config.model_type == "qwen2_5_omni":
+        # Only the part that hears, sees and writes trains; what speaks is left out.
+        config = config.thinker_config
+        options["config"] = config
     adapter_class = Catalog("adapters", ADAPTERS).get(
         config.model_type if section.adapter == "auto" else section.adapter
     )
-    processor = _open(AutoProcessor, path if adapter_folder else base, name, **options)
+    plain = {key: value for key, value in options.items() if key != "config"}
+    processor = _open(AutoProcessor, path if adapter_folder else base, name, **plain)
     dtype = _dtype(section.dtype, device, peft)
     quantized = section.quantization != "none"
     if quantized:
         options |= _quantization(section, peft, dtype, device)
     model = _open(
-        AutoModelForImageTextToText, base, name, dtype=dtype, attn_implementation=section.attn_implementation, **options
+        _model_class(config), base, name, dtype=dtype, attn_implementation=section.attn_implementation, **options
     )
+    if config.model_type == "audioflamingo3":
+        cast_features(model)
     if adapter_folder:
         model = PeftModel.from_pretrained(model, adapter_folder, is_trainable=peft is not None)
     elif peft is not None:
@@ -137,6 +155,13 @@ def load(
     policy = Policy(model if quantized else model.to(device)).eval()
     fresh = isinstance(peft, LoraSettings) and adapter_folder is None
     return LoadedModel(policy, adapter, name, base, section, peft, fresh)
+
+
+def _model_class(config: Any) -> Any:
+    """The class of a checkpoint; some with sound are in no list of transformers but their own."""
+    named = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    listed = type(config) in AutoModelForMultimodalLM._model_mapping
+    return AutoModelForMultimodalLM if listed or named is None else named
 
 
 def _resolve(name: str, seed: int) -> str:
@@ -186,7 +211,7 @@ def _quantization(
     """Options of ``from_pretrained`` that store the language model's linear layers in few bits.
 
     Source: "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314: NormalFloat4 with double quantization.
-    The vision tower and the head stay as they are.
+    The towers and the head stay as they are.
     """
     if isinstance(peft, FullSettings):
         raise MmpostError(
@@ -200,7 +225,7 @@ def _quantization(
             f"model.quantization={section.quantization} needs bitsandbytes, which is not installed.",
             "pip install 'mmpost-toolkit[quantization]'",
         )
-    skip = [*PARTS["vision_tower"], *PARTS["projector"], "lm_head"]
+    skip = [*PARTS["vision_tower"], *PARTS["audio_tower"], *PARTS["projector"], "lm_head"]
     config = BitsAndBytesConfig(
         load_in_4bit=section.quantization == "nf4",
         load_in_8bit=section.quantization == "int8",
@@ -247,14 +272,14 @@ def _prepare(model: Any, section: ModelSection, peft: LoraSettings | FullSetting
                 ),
             )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) not in section.freeze)
+        parameter.requires_grad_(part_of(name) not in section.freeze and not name.endswith(CONSTANT))
     return model
 
 
 def part_of(parameter: str) -> str:
     """Which part of the model a parameter belongs to; the projector is asked before the tower that may hold it."""
     name = parameter.removeprefix("model.")
-    for part in ("projector", "vision_tower", "language_model"):
+    for part in ("projector", "vision_tower", "audio_tower", "language_model"):
         if name.startswith(PARTS[part]):
             return part
     return "language_model"

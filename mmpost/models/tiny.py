@@ -1,4 +1,4 @@
-"""Small vision-language models of the real classes, built offline from a seed.
+"""Small models of text with pictures, videos or sounds of the real classes, built offline from a seed.
 
 Config, weights, processor, tokenizer and chat template are those of the family, only smaller: what runs on a tiny
 model runs on the released one. Nothing is downloaded, and the same seed gives the same bytes.
@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -37,66 +35,13 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from mmpost.core.errors import MmpostError
+from mmpost.models.tiny_audio import audio_flamingo, qwen2_audio, qwen_omni
+from mmpost.models.tiny_parts import DIMS, Builder, Dims, Size, init, rope, text, tower
 from mmpost.models.tiny_tokenizer import QWEN2, QWEN3, SMOLVLM, Style, train
 
 VERSION = 2  # raise it with every change that changes the weights or the tokenizer; caches are named after it
 
-Size = Literal["test", "demo"]
 _IMAGENET_HALF = [0.5, 0.5, 0.5]  # Qwen3-VL scales pixels to [-1, 1]
-
-
-@dataclass(frozen=True, slots=True)
-class Dims:
-    """Widths and depths.
-
-    Attributes:
-        hidden: Width of the language model.
-        layers: Depth of the language model.
-        heads: Query heads of the language model; there are half as many key-value heads.
-        ffn: Inner width of its feed-forward layers.
-        tower: Width of the vision tower.
-        tower_layers: Depth of the vision tower.
-        tower_heads: Its heads; the head width must be a multiple of 4 for the two rotary axes.
-        tower_ffn: Inner width of its feed-forward layers.
-        patch: Side of a patch in pixels; 2x2 patches become one token.
-        theta: Base of the rotary frequencies.
-        sections: Frequencies for time, height and width, fastest first; the sum is half a head. Qwen3-VL interleaves
-            them instead and Llama (SmolVLM) has one axis.
-        window: Side of an attention window in pixels (Qwen2.5-VL), 0 for full attention in every layer.
-        std: Standard deviation of the initial weights.
-        min_pixels: Smaller images are enlarged to this area.
-        max_pixels: Larger images are shrunk to this area.
-    """
-
-    hidden: int
-    layers: int
-    heads: int
-    ffn: int
-    tower: int
-    tower_layers: int
-    tower_heads: int
-    tower_ffn: int
-    patch: int
-    theta: float
-    sections: tuple[int, int, int]
-    window: int = 0
-    std: float = 0.06  # 0.02 suits widths in the thousands; at width 128 it costs about 100 steps at the start
-    min_pixels: int = 28 * 28
-    max_pixels: int = 112 * 112
-
-
-# One of two tower layers of Qwen2.5-VL sees windows only, as in the released model.
-_TEST = Dims(
-    64, 2, 4, 160, tower=48, tower_layers=2, tower_heads=4, tower_ffn=96, patch=14, theta=1e4, sections=(2, 3, 3),
-    window=56,
-)  # fmt: skip
-# Pictures are 28x28 tiles side by side, unscaled, one token each. With the released sections (2:3:3) and theta 1e4 the
-# width axis turns by under 0.01 rad a tile and "left" stays a coin toss for 700 steps of 32 rows; with these, which
-# give the width most of the frequencies and let every one of them turn, it is learnt in 150 to 200.
-_DEMO = Dims(
-    128, 4, 4, 384, tower=64, tower_layers=2, tower_heads=4, tower_ffn=128, patch=14, theta=10.0, sections=(2, 2, 12)
-)
-_DIMS: Mapping[str, Dims] = {"test": _TEST, "demo": _DEMO}
 
 
 def build(
@@ -119,8 +64,8 @@ def build(
             and it is not installed.
     """
     _known(family, FAMILIES, "families of tiny models")
-    _known(size, _DIMS, "sizes of tiny models")
-    model, processor = FAMILIES[family](_DIMS[size], seed, corpus)
+    _known(size, DIMS, "sizes of tiny models")
+    model, processor = FAMILIES[family](DIMS[size], seed, corpus)
     folder.mkdir(parents=True, exist_ok=True)
     # transformers writes weights on the first process of a group only, but here each process may be the builder.
     model.should_save_on_this_rank = lambda _: True
@@ -163,20 +108,20 @@ def _known(name: str, table: Mapping[str, Any], kind: str) -> None:
 def _qwen2_vl(dims: Dims, seed: int, corpus: Iterable[str] | None) -> tuple[Any, Any]:
     processor = _qwen_processor(Qwen2VLProcessor, Qwen2VLVideoProcessor, QWEN2, dims, corpus)
     config = Qwen2VLConfig(
-        text_config=_text(dims, QWEN2, processor.tokenizer) | {"rope_parameters": _rope(dims)},
-        vision_config=_tower(dims)
+        text_config=text(dims, QWEN2, processor.tokenizer) | {"rope_parameters": rope(dims)},
+        vision_config=tower(dims)
         | {"embed_dim": dims.tower, "hidden_size": dims.hidden, "mlp_ratio": dims.tower_ffn // dims.tower},
         **_qwen_ids(processor.tokenizer),
     )
-    return _init(Qwen2VLForConditionalGeneration, config, seed, processor.tokenizer), processor
+    return init(Qwen2VLForConditionalGeneration, config, seed, processor.tokenizer), processor
 
 
 def _qwen2_5_vl(dims: Dims, seed: int, corpus: Iterable[str] | None) -> tuple[Any, Any]:
     processor = _qwen_processor(Qwen2_5_VLProcessor, Qwen2VLVideoProcessor, QWEN2, dims, corpus)
     windowed = dims.tower_layers - 1 if dims.window else 0  # only the last layer sees the whole image
     config = Qwen2_5_VLConfig(
-        text_config=_text(dims, QWEN2, processor.tokenizer) | {"rope_parameters": _rope(dims)},
-        vision_config=_tower(dims)
+        text_config=text(dims, QWEN2, processor.tokenizer) | {"rope_parameters": rope(dims)},
+        vision_config=tower(dims)
         | {
             "hidden_size": dims.tower,
             "intermediate_size": dims.tower_ffn,
@@ -186,7 +131,7 @@ def _qwen2_5_vl(dims: Dims, seed: int, corpus: Iterable[str] | None) -> tuple[An
         },
         **_qwen_ids(processor.tokenizer),
     )
-    return _init(Qwen2_5_VLForConditionalGeneration, config, seed, processor.tokenizer), processor
+    return init(Qwen2_5_VLForConditionalGeneration, config, seed, processor.tokenizer), processor
 
 
 def _qwen3_vl(dims: Dims, seed: int, corpus: Iterable[str] | None) -> tuple[Any, Any]:
@@ -197,11 +142,11 @@ def _qwen3_vl(dims: Dims, seed: int, corpus: Iterable[str] | None) -> tuple[Any,
     )  # fmt: skip
     axis = dims.hidden // dims.heads // 6
     sections = [sum(dims.sections) - 2 * axis, axis, axis]
-    rope = _rope(dims) | {"mrope_section": sections, "mrope_interleaved": True}
+    turns = rope(dims) | {"mrope_section": sections, "mrope_interleaved": True}
     config = Qwen3VLConfig(
-        text_config=_text(dims, QWEN3, processor.tokenizer)
-        | {"rope_parameters": rope, "head_dim": dims.hidden // dims.heads},
-        vision_config=_tower(dims)
+        text_config=text(dims, QWEN3, processor.tokenizer)
+        | {"rope_parameters": turns, "head_dim": dims.hidden // dims.heads},
+        vision_config=tower(dims)
         | {
             "hidden_size": dims.tower,
             "intermediate_size": dims.tower_ffn,
@@ -213,7 +158,7 @@ def _qwen3_vl(dims: Dims, seed: int, corpus: Iterable[str] | None) -> tuple[Any,
         },
         **_qwen_ids(processor.tokenizer),
     )
-    return _init(Qwen3VLForConditionalGeneration, config, seed, processor.tokenizer), processor
+    return init(Qwen3VLForConditionalGeneration, config, seed, processor.tokenizer), processor
 
 
 def _smolvlm(dims: Dims, seed: int, corpus: Iterable[str] | None) -> tuple[Any, Any]:
@@ -237,7 +182,7 @@ def _smolvlm(dims: Dims, seed: int, corpus: Iterable[str] | None) -> tuple[Any, 
         chat_template=SMOLVLM.template,
     )
     config = SmolVLMConfig(
-        text_config=_text(dims, SMOLVLM, tokenizer)
+        text_config=text(dims, SMOLVLM, tokenizer)
         | {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": dims.theta}},
         vision_config={
             "hidden_size": dims.tower,
@@ -253,7 +198,7 @@ def _smolvlm(dims: Dims, seed: int, corpus: Iterable[str] | None) -> tuple[Any, 
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
     )
-    return _init(SmolVLMForConditionalGeneration, config, seed, tokenizer), processor
+    return init(SmolVLMForConditionalGeneration, config, seed, tokenizer), processor
 
 
 def _qwen_processor(
@@ -287,55 +232,14 @@ def _qwen_ids(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _text(dims: Dims, style: Style, tokenizer: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": len(tokenizer),  # no spare rows: every id that can be sampled can be decoded
-        "hidden_size": dims.hidden,
-        "intermediate_size": dims.ffn,
-        "num_hidden_layers": dims.layers,
-        "num_attention_heads": dims.heads,
-        "num_key_value_heads": dims.heads // 2,
-        "max_position_embeddings": 32768,
-        "initializer_range": dims.std,
-        "bos_token_id": tokenizer.convert_tokens_to_ids(style.bos),
-        "eos_token_id": tokenizer.convert_tokens_to_ids(style.eos),
-        "pad_token_id": tokenizer.convert_tokens_to_ids(style.pad),
-    }
-
-
-def _rope(dims: Dims) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": dims.theta, "mrope_section": list(dims.sections)}
-
-
-def _tower(dims: Dims) -> dict[str, Any]:
-    return {
-        "depth": dims.tower_layers,
-        "num_heads": dims.tower_heads,
-        "patch_size": dims.patch,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "initializer_range": dims.std,
-    }
-
-
-def _init(kind: Any, config: Any, seed: int, tokenizer: Any) -> Any:
-    """Draw the weights without touching the caller's random state."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(seed)
-        model = kind(config)
-    generation = model.generation_config
-    generation.bos_token_id = tokenizer.bos_token_id
-    generation.eos_token_id = tokenizer.eos_token_id
-    generation.pad_token_id = tokenizer.pad_token_id
-    return model
-
-
-Builder = Callable[[Dims, int, Iterable[str] | None], tuple[Any, Any]]
 FAMILIES: Mapping[str, Builder] = {
     "qwen2-vl": _qwen2_vl,
     "qwen2.5-vl": _qwen2_5_vl,
     "qwen3-vl": _qwen3_vl,
     "smolvlm": _smolvlm,
+    "qwen2-audio": qwen2_audio,
+    "qwen2.5-omni": qwen_omni,
+    "audio-flamingo-3": audio_flamingo,
 }
 _NAMES: Mapping[str, tuple[str, Size]] = {
     "tiny-vlm": ("qwen2.5-vl", "demo"),

@@ -6,8 +6,8 @@ Byte-level BPE of at most 600 ids, so any text survives a round trip. Digits sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -30,6 +30,7 @@ class Style:
         bos: Token at the start of a document.
         eos: Token that ends a turn, where generation stops.
         pad: Padding; never equal to ``eos``, or the end of a turn would be masked with the padding.
+        named: Attribute of the tokenizer to token, for processors that ask for it.
         template: Jinja chat template. Rendering with a generation prompt is a prefix of the full rendering.
     """
 
@@ -38,15 +39,17 @@ class Style:
     eos: str
     pad: str
     template: str
+    named: Mapping[str, str] = field(default_factory=dict)
 
 
-def _template(*, head: str, turn: str, tail: str, prompt: str, image: str, video: str) -> str:
-    """Compose a template from what stands before, around and after the content of a turn."""
+def _template(*, head: str, turn: str, tail: str, prompt: str, **media: str) -> str:
+    """Compose a template from what stands before, around and after the content of a turn, and for media by kind."""
+    shown = "".join("{% elif part['type'] == '" + kind + "' %}" + text for kind, text in media.items())
     return (
         head + "{% for message in messages %}" + turn + "{% if message['content'] is string %}{{ message['content'] }}"
         "{% else %}{% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}" + image + "{% elif part['type'] == 'video' %}" + video + ""
-        "{% elif part['type'] == 'text' %}{{ part['text'] }}"
+        + shown.replace("{% elif", "{% if", 1)
+        + "{% elif part['type'] == 'text' %}{{ part['text'] }}"
         "{% else %}{{ raise_exception('this model has no part of type ' + part['type']) }}"
         "{% endif %}{% endfor %}{% endif %}" + tail + "{% endfor %}"
         "{% if add_generation_prompt %}" + prompt + "{% endif %}"
@@ -84,6 +87,58 @@ QWEN3 = Style(
         # The video processor of Qwen3-VL writes start and end around every frame itself and replaces the outer pair.
         **_QWEN_MEDIA,
     ),
+)
+QWEN2_AUDIO = Style(
+    special=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio_bos|>", "<|audio_eos|>", "<|AUDIO|>"),
+    bos="<|endoftext|>",
+    eos="<|im_end|>",
+    pad="<|endoftext|>",
+    template=_template(
+        head="",
+        turn="<|im_start|>{{ message['role'] }}\n",
+        tail="<|im_end|>\n",
+        prompt="<|im_start|>assistant\n",
+        audio="<|audio_bos|><|AUDIO|><|audio_eos|>",
+    ),
+)
+AUDIO_FLAMINGO = Style(
+    special=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<sound>"),
+    bos="<|endoftext|>",
+    eos="<|im_end|>",
+    pad="<|endoftext|>",
+    template=_template(
+        head="",
+        turn="<|im_start|>{{ message['role'] }}\n",
+        tail="<|im_end|>\n",
+        prompt="<|im_start|>assistant\n",
+        audio="<sound>",
+    ),
+)
+_OMNI_MEDIA = {
+    "image": ("<|vision_bos|>", "<|IMAGE|>", "<|vision_eos|>"),
+    "video": ("<|vision_bos|>", "<|VIDEO|>", "<|vision_eos|>"),
+    "audio": ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"),
+}
+QWEN_OMNI = Style(
+    special=(
+        *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_bos|>", "<|vision_eos|>", "<|audio_bos|>"),
+        *("<|audio_eos|>", "<|IMAGE|>", "<|VIDEO|>", "<|AUDIO|>"),
+    ),
+    bos="<|endoftext|>",
+    eos="<|im_end|>",
+    pad="<|endoftext|>",
+    template=_template(
+        head="",
+        turn="<|im_start|>{{ message['role'] }}\n",
+        tail="<|im_end|>\n",
+        prompt="<|im_start|>assistant\n",
+        **{kind: "".join(tokens) for kind, tokens in _OMNI_MEDIA.items()},
+    ),
+    named={
+        **{f"{kind}_token": tokens[1] for kind, tokens in _OMNI_MEDIA.items()},
+        **{"vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>"},
+        **{"audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"},
+    },
 )
 SMOLVLM = Style(
     special=(
@@ -144,6 +199,7 @@ def train(style: Style, corpus: Iterable[str] | None = None) -> PreTrainedTokeni
         eos_token=style.eos,
         pad_token=style.pad,
         extra_special_tokens=[token for token in style.special if token not in named],
+        **({"model_specific_special_tokens": dict(style.named)} if style.named else {}),
         padding_side="left",
         clean_up_tokenization_spaces=False,  # it would eat spaces before punctuation on decoding
         model_max_length=32768,

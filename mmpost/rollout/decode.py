@@ -98,7 +98,7 @@ class SharedDecoder:
         fresh_groups = torch.arange(first, first + len(prompts), device=self.device).repeat_interleave(n)
         self.group = torch.cat([self.group, fresh_groups])
         self.length = torch.cat([self.length, self.length.new_zeros(rows)])
-        after = torch.tensor([int(prompt.positions.max()) + 1 for prompt in prompts]).repeat_interleave(n)
+        after = torch.tensor([int(prompt.positions[:, -1].max()) + 1 for prompt in prompts]).repeat_interleave(n)
         self.next = torch.cat([self.next, after.to(self.device)])
         self._arrange()
         return self.policy.logits(states).repeat_interleave(n, 0)
@@ -231,8 +231,8 @@ class CacheDecoder:
         self.cache.batch_repeat_interleave(n)
         self.attend = batch.inputs["attention_mask"].repeat_interleave(n, 0)
         positions = batch.inputs["position_ids"]
-        # All axes go on behind the largest position of the prompt.
-        self.next = (positions.amax(-1, keepdim=True) + 1).repeat_interleave(n, -2)
+        # All axes go on behind the position of the prompt's last token; padding is on the left.
+        self.next = (positions[..., -1:] + 1).repeat_interleave(n, -2)
         if positions.dim() == 3:
             self.next = self.next.amax(0, keepdim=True).expand(3, -1, -1)
         return self.policy.logits(out.last_hidden_state[:, -1]).repeat_interleave(n, 0)

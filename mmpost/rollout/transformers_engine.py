@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from mmpost.core.errors import MmpostError
 from mmpost.core.rollout import Rollout
 from mmpost.models.policy import Policy, upcast
 from mmpost.rollout.engine import Prompt, Setup, first_of_each, request_seed
@@ -77,10 +78,12 @@ class TransformersEngine:
 
     def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Left-padded prompts; positions are left to the model, which has to carry them on."""
+        for prompt in prompts:
+            _refuse_long_times(prompt)
         batch = self.adapter.collate([prompt.encoded for prompt in prompts], left=True).to(self.policy.device)
         inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "position_ids"}
         if "mm_token_type_ids" in inspect.signature(self.policy.inner.forward).parameters:
-            inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.adapter.image_token_id).long()
+            inputs["mm_token_type_ids"] = self.adapter.token_types(inputs["input_ids"])
         return inputs
 
     def _generation(self, sampling: Sampling, copies: int) -> GenerationConfig:
@@ -116,6 +119,18 @@ class TransformersEngine:
         kept = tokens[:length].astype(np.int64)
         return Rollout(
             kept, logps[:length].astype(np.float32), self.adapter.decode(kept.tolist()), truncated=not len(stops)
+        )
+
+
+def _refuse_long_times(prompt: Prompt) -> None:
+    """``generate`` goes on behind the largest position; everything else, behind the last token's."""
+    positions = prompt.encoded.positions
+    if int(positions.max()) > int(positions[:, -1].max()):
+        raise MmpostError(
+            "MMP-C040",
+            f"{prompt.encoded.origin}: the transformers engine gives completions behind a video of this length other "
+            "positions than training does.",
+            "Set rollout.engine=native.",
         )
 
 

@@ -72,7 +72,17 @@ def sampling_params(adapter: Any, sampling: Sampling, n: int, seed: int) -> dict
 
 
 def processor_options(adapter: Any) -> dict[str, Any]:
-    """The pixel budget, so that the engine resizes a picture as the trainer does."""
+    """The pixel budget, so that the engine resizes a picture as the trainer does.
+
+    Raises:
+        MmpostError: MMP-C040 for a model that takes no pictures.
+    """
+    if "image" not in adapter.kinds:
+        raise MmpostError(
+            "MMP-C040",
+            f"the vllm engine takes text and images, not {', '.join(adapter.kinds)}.",
+            "Set rollout.engine=native.",
+        )
     size = dict(adapter.processor.image_processor.size)
     return {"size": {name: value for name, value in size.items() if value is not None}}
 

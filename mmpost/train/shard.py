@@ -28,6 +28,21 @@ NOT_TAKEN = ("last_hidden_state", "hidden_states", "attentions")
 Gather = Callable[[nn.Module], contextlib.AbstractContextManager[None]]
 
 
+def tower_features(base: Any, media: dict[str, Tensor]) -> Any:
+    """What a tower and its projector make of a small medium.
+
+    Args:
+        base: The model without its head.
+        media: Arguments of its forward call, of one kind.
+    """
+    if "pixel_values" in media:
+        return base.get_image_features(**media)
+    if hasattr(base, "get_audio_features"):
+        return base.get_audio_features(**media)
+    # Qwen2-Audio has no such method.
+    return base.multi_modal_projector(base.audio_tower(media["input_features"]).last_hidden_state)
+
+
 class InStep(nn.Module):
     """A policy of which every process runs the same units in every pass.
 
@@ -78,7 +93,7 @@ class InStep(nn.Module):
         self._dummy = {name: tensor.to(batch.at.device) for name, tensor in self._dummy.items()}
 
         def add(module: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
-            features = self.policy.inner.base_model.get_image_features(**self._dummy)
+            features = tower_features(self.policy.inner.base_model, self._dummy)
             # What the language model takes, no more and no less, so that gradients go the same way as elsewhere.
             taken = features
             if hasattr(features, "items"):

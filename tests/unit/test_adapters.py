@@ -82,7 +82,7 @@ def test_each_picture_has_as_many_placeholders_as_features(tiny_model, reference
     for sample in _samples(picture, turn, 15, seed=1):
         encoded = adapter.encode(sample)
         runs = _runs((encoded.ids == adapter.image_token_id).tolist())
-        assert runs == (adapter.image_lengths(encoded.media) if encoded.media else [])
+        assert runs == (adapter.lengths("image", encoded.media) if encoded.media else [])
         if not encoded.media:
             continue
         with torch.no_grad():

@@ -77,7 +77,7 @@ IN_FILE = [
     (
         "freeze: [vision]",
         "C004",
-        "a.yaml:1: model.freeze.0: expected one of vision_tower, projector, language_model, got 'vision'; "
+        "a.yaml:1: model.freeze.0: expected one of vision_tower, audio_tower, projector, language_model, got 'vision'; "
         "did you mean 'vision_tower'?",
     ),
     (

@@ -15,6 +15,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from mmpost.core.errors import MmpostError
 from mmpost.models import tiny, tiny_tokenizer
 
+CLASSES = {
+    "qwen2-vl": ("Qwen2VLForConditionalGeneration", "Qwen2VLProcessor"),
+    "qwen2.5-vl": ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLProcessor"),
+    "qwen3-vl": ("Qwen3VLForConditionalGeneration", "Qwen3VLProcessor"),
+    "smolvlm": ("SmolVLMForConditionalGeneration", "SmolVLMProcessor"),
+}
 FAMILIES = [
     pytest.param(
         family,
@@ -23,14 +29,8 @@ FAMILIES = [
             reason="the SmolVLM processor needs num2words",
         ),
     )
-    for family in tiny.FAMILIES
+    for family in CLASSES
 ]
-CLASSES = {
-    "qwen2-vl": ("Qwen2VLForConditionalGeneration", "Qwen2VLProcessor"),
-    "qwen2.5-vl": ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLProcessor"),
-    "qwen3-vl": ("Qwen3VLForConditionalGeneration", "Qwen3VLProcessor"),
-    "smolvlm": ("SmolVLMForConditionalGeneration", "SmolVLMProcessor"),
-}
 SIZES = [(28, 28), (84, 28), (112, 112), (37, 100), (300, 200)]
 QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it red?"}]}
 ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "<answer>yes</answer>"}]}
@@ -350,7 +350,8 @@ def test_unknown_names_are_answered_with_the_known_ones(tmp_path):
         tiny.tiny_name("tiny-qwen2.5")
     assert str(error.value) == (
         "unknown name 'tiny-qwen2.5' among tiny models. Did you mean 'tiny-qwen2.5-vl'? Known: tiny-vlm, "
-        "tiny-qwen2-vl, tiny-qwen2.5-vl, tiny-qwen3-vl, tiny-smolvlm [MMP-C006]"
+        "tiny-qwen2-vl, tiny-qwen2.5-vl, tiny-qwen3-vl, tiny-smolvlm, tiny-qwen2-audio, "
+        "tiny-qwen2.5-omni, tiny-audio-flamingo-3 [MMP-C006]"
     )
     with pytest.raises(MmpostError) as error:
         tiny.build("llama", tmp_path / "x")

@@ -119,7 +119,7 @@ def test_prompts_and_pictures_go_through_the_model_once(open_tiny, mixed_rows, f
     with torch.no_grad():
         model.policy(pack(model.adapter, rows))
     if family == "smolvlm":
-        units = sum(len(model.adapter.image_lengths(prompt.media)) for prompt in prompts)
+        units = sum(len(model.adapter.lengths("image", prompt.media)) for prompt in prompts)
     else:
         units = sum(len(prompt.media["pixel_values"]) for prompt in prompts)
     assert sum(pixels) == units

@@ -68,7 +68,7 @@ def test_each_prompt_is_prefilled_once_and_each_picture_encoded_once(open_tiny, 
     n, tokens = 4, 5
     groups = _complete(model, prompts, n=n, tokens=tokens)
     if family == "smolvlm":
-        units = sum(len(model.adapter.image_lengths(prompt.media)) for prompt in prompts if prompt.media)
+        units = sum(len(model.adapter.lengths("image", prompt.media)) for prompt in prompts if prompt.media)
     else:
         units = sum(len(prompt.media["pixel_values"]) for prompt in prompts if prompt.media)
     assert sum(encoded) == units > 0

@@ -97,7 +97,7 @@ class StandIn(ThreadingHTTPServer):
         encoded = adapter.encode_prompt(sample)
         buffer = io.BytesIO()
         torch.save(encoded.media, buffer)
-        lengths = adapter.image_lengths(encoded.media)
+        lengths = adapter.lengths("image", encoded.media)
         # The whole batch of tensors rides on the first item; the engine does not look into it.
         data = [base64.b64encode(buffer.getvalue()).decode(), *[None] * (len(lengths) - 1)]
         return {
@@ -279,7 +279,7 @@ class StandInLLM:
         if pictures:
             parts = tuple(Part("image", ref=image.encode(picture)) for picture in pictures)
             media = adapter.encode_prompt(Sample("x", (Turn("user", parts),))).media
-            lengths = iter(adapter.image_lengths(media))
+            lengths = iter(adapter.lengths("image", media))
         for one in prompt["prompt_token_ids"]:
             ids += [token] * (next(lengths) + self.extra) if one == token else [one]
         whole = torch.tensor(ids)
