@@ -143,8 +143,7 @@ class TokenizerTrainer:
             refresh_every=section.refresh_every,
         )
         # A quantizer whose codes have no neighbours is refused before the first step.
-        if self.tokenizer.quantizer.lattice() is None:
-            self.tokenizer.quantizer.code_vectors(0)
+        self.tokenizer.quantizer.code_vectors(0)
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
