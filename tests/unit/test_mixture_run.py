@@ -112,7 +112,8 @@ def test_every_job_runs_once_and_failures_do_not_stop_the_others(tmp_path, slots
 def starting(one):
     """A process of its own that runs the job."""
     code = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from pathlib import Path
 from mmpost.mixture.processes import Job, Processes
