@@ -18,8 +18,9 @@ demo-upt: $(VENV)/.ready
 demo-tokenizer: $(VENV)/.ready-tokenizers
 	$(BIN)/mmpost tokenizer demo --out runs/demo-tokenizer --seeds $(SEEDS)
 
+# Files run side by side, each in one process; a process takes about 2 GB.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m slow

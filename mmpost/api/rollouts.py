@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -105,7 +106,8 @@ def write_rows(samples: Sequence[Sample], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = f".{out.stem}.partial"
     try:
-        path = write_jsonl([_portable(s, out.parent) for s in samples], out.parent, name=partial, answers=False)
+        rows = _distinct([_portable(sample, out.parent) for sample in samples])
+        path = write_jsonl(rows, out.parent, name=partial, answers=False)
     except ValueError as error:
         raise MmpostError("MMP-R228", f"{error}.", "Only rows with text and pictures can be written.") from error
     if not any((out.parent / "images").iterdir()):
@@ -113,6 +115,17 @@ def write_rows(samples: Sequence[Sample], out: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
     path.replace(out)
+
+
+def _distinct(rows: Sequence[Sample]) -> list[Sample]:
+    """Rows whose ids became the same are numbered, since pictures are named after them."""
+    taken: set[str] = set()
+    out = []
+    for row in rows:
+        names = itertools.chain([row.id], (f"{row.id}-{number}" for number in itertools.count(2)))
+        taken.add(name := next(name for name in names if name not in taken))
+        out.append(dataclasses.replace(row, id=name))
+    return out
 
 
 def _portable(sample: Sample, folder: Path) -> Sample:

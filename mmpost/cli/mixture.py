@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,7 +34,7 @@ def mixture_design(
     denominator: Annotated[int | None, typer.Option(min=1, help="simplex: weights are multiples of 1 over it")] = None,
     results: Annotated[Path | None, typer.Option(help="heuristics: folder of earlier runs")] = None,
     target: Annotated[str, typer.Option(help="heuristics: score of the earlier runs")] = "eval.mean",
-    out: Annotated[Path, typer.Option(help="file to write")] = Path("design.yaml"),
+    out: Annotated[Path, typer.Option(dir_okay=False, help="file to write")] = Path("design.yaml"),
 ) -> None:
     """List the mixtures to try: mmpost mixture design --sources a,b,c --n 12."""
     from mmpost.mixture.designs import design, write_design
@@ -93,7 +96,7 @@ def mixture_fit(
     in_tasks: Annotated[str, typer.Option(help="tests of the in-score")] = "",
     out_tasks: Annotated[str, typer.Option(help="tests of the out-score")] = "",
     in_weight: Annotated[float, typer.Option(min=0, max=1, help="share of the in-score in eval.in_out")] = 0.5,
-    out: Annotated[Path | None, typer.Option(help="file; default predictor.json in the folder")] = None,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="file; default predictor.json in the folder")] = None,
 ) -> None:
     """Fit a predictor of the score and say how good it is on runs that it has not seen."""
     from mmpost.mixture.fit import PREDICTOR, fit, write_fit
@@ -103,7 +106,8 @@ def mixture_fit(
 
     records = read_records(folder)
     wanted = Target(target, words(in_tasks), words(out_tasks), in_weight, words(tasks))
-    fitted = fit(records, wanted, model, settings=read_settings(folder))
+    with _told():
+        fitted = fit(records, wanted, model, settings=read_settings(folder))
     file = out or (folder if folder.is_dir() else folder.parent) / PREDICTOR
     write_fit(file, fitted)
     sys.stdout.write(quality_table(fitted) + f"{file}\n")
@@ -117,16 +121,21 @@ def mixture_suggest(
     strategy: Annotated[str, typer.Option(help="ei: what to try next; mean: what to train with")] = "ei",
     model: Annotated[str, typer.Option(help="gp, linear, quadratic, or auto: the fitted one")] = "gp",
     seed: Annotated[int, typer.Option(min=0, help="of the candidates")] = 0,
-    out: Annotated[Path | None, typer.Option(help="file for the first; others beside it as FILE-2.yaml ...")] = None,
-    design: Annotated[Path | None, typer.Option(help="also write them as a design for mmpost mixture run")] = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="file for the first; others beside it as FILE-2.yaml ...")
+    ] = None,
+    design: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="also write them as a design for mmpost mixture run")
+    ] = None,
 ) -> None:
     """Weights of data.train to train with next, with predicted intervals and uniform weights beside them."""
     from mmpost.mixture.designs import Design, write_design
     from mmpost.mixture.fit import read_fit
     from mmpost.mixture.suggest import fragment, suggest, write_fragments
 
-    fitted = read_fit(folder)
-    found = suggest(fitted, n, floor=floor, strategy=strategy, model=model, seed=seed)
+    with _told():
+        fitted = read_fit(folder)
+        found = suggest(fitted, n, floor=floor, strategy=strategy, model=model, seed=seed)
     if design is not None:
         mixtures = tuple(tuple(one.weights.values()) for one in found.chosen)
         write_design(design, Design(fitted.sources, mixtures, f"suggested by {found.model} ({strategy})", seed))
@@ -141,25 +150,34 @@ def mixture_suggest(
 def mixture_report(
     folder: Folder = FOLDER,
     strategy: Annotated[str, typer.Option(help="of the suggestions: ei or mean")] = "ei",
-    out: Annotated[Path | None, typer.Option(help="file; default report.html in the folder")] = None,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="file; default report.html in the folder")] = None,
 ) -> None:
     """Write report.html: runs, predictor, suggestions."""
     from mmpost.mixture.fit import read_fit
     from mmpost.mixture.records import read_records
     from mmpost.mixture.report import write_mixture_report
 
-    fitted = read_fit(folder)
-    found = _suggestions(fitted, strategy)
+    with _told():
+        fitted = read_fit(folder)
+        found = _suggestions(fitted, strategy)
     file = out or folder / "report.html"
     sys.stdout.write(f"{write_mixture_report(file, fitted, read_records(folder), found)}\n")
 
 
 def _suggestions(fitted: Fit, strategy: str) -> Suggestions:
-    from mmpost.mixture.predict import make
+    from mmpost.mixture.predict import is_determined
     from mmpost.mixture.suggest import suggest
 
-    enough = len(fitted.values) >= make("gp").num_parameters(len(fitted.sources)) + 2
-    return suggest(fitted, strategy=strategy, model="gp" if enough else "auto")
+    return suggest(fitted, strategy=strategy, model="gp" if is_determined("gp", fitted.weights) else "auto")
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Warnings as one line each, without the place in the code."""
+    with warnings.catch_warnings(record=True) as seen:
+        yield
+    for text in dict.fromkeys(str(warning.message) for warning in seen):
+        say(f"warning: {text}")
 
 
 def quality_table(fitted: Fit) -> str:

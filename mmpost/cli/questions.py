@@ -24,10 +24,20 @@ FLAG = "--synthesize-questions"
 
 
 def open_sources(paths: Sequence[str], media_root: str | None, split: str | None, limit: int | None) -> list[Data]:
-    """Read the named sources; a task keeps its answers, from which new questions may be made."""
+    """Read the named sources; a task keeps its answers, from which new questions may be made.
+
+    Files of the same stem stay apart: the second is ``NAME-2``.
+    """
     from mmpost.api.data import load_data
 
-    return [load_data(path, media_root=media_root, split=split, limit=limit) for path in paths]
+    found: list[Data] = []
+    for path in paths:
+        data = load_data(path, media_root=media_root, split=split, limit=limit)
+        known = {other.name for other in found}
+        names = (data.name, *(f"{data.name}-{number}" for number in range(2, len(paths) + 1)))
+        data.name = next(name for name in names if name not in known)
+        found.append(data)
+    return found
 
 
 def filter_data(data: Sequence[Data], model: str, out: Path, rule: Rule, *, as_json: bool, **options: Any) -> None:

@@ -21,6 +21,7 @@ from mmpost.mixture.predict import (
     Predictor,
     UnderdeterminedWarning,
     check_enough,
+    is_determined,
     make,
 )
 from mmpost.mixture.records import MixtureRecord, matrix
@@ -132,14 +133,9 @@ class Fit:
         return dict(zip(self.sources, map(float, weights), strict=True))
 
     def as_model(self, name: str) -> Predictor:
-        """The chosen predictor, or another model on the same runs.
-
-        Raises:
-            MmpostError: MMP-V020 for too few runs.
-        """
+        """The chosen predictor, or another model on the same runs."""
         if name == self.model:
             return self.predictor
-        check_enough(name, len(self.values), len(self.sources))
         return make(name).fit(self.weights, self.values, self.errors)
 
 
@@ -150,22 +146,24 @@ def fit(
     *,
     settings: dict[str, Any] | None = None,
 ) -> Fit:
-    """Fit one model, or with ``auto`` the one with the smallest leave-one-out error.
+    """Fit one model, or with ``auto`` the one with the smallest leave-one-out error of those that are determined.
 
     Runs of one mixture with several seeds are single points; the Gaussian process takes their spread as noise.
 
+    Warns:
+        UnderdeterminedWarning: For a least-squares model that the runs do not determine.
+
     Raises:
-        MmpostError: MMP-V020 for too few runs, MMP-V027 for an unknown target, MMP-C006 for an unknown model.
+        MmpostError: MMP-V020 for fewer than 3 runs, MMP-V027 for an unknown target, MMP-C006 for an unknown model.
     """
     weights = matrix(records)
     values, errors = (np.array(column) for column in measured(records, target))
-    runs, m = weights.shape
     if model != "auto":
         make(model)
-        check_enough(model, runs, m)
-    check_enough("mean", runs, m)
-    enough = [name for name in MODELS if make(name).num_parameters(m) + 2 <= runs]
-    quality = {name: leave_one_out(name, weights, values, errors) for name in enough}
+    check_enough(len(values))
+    enough = [name for name in MODELS if is_determined(name, weights)] or ["mean"]
+    judged = dict.fromkeys(["mean", *enough, *([] if model == "auto" else [model])])
+    quality = {name: leave_one_out(name, weights, values, errors) for name in MODELS if name in judged}
     best = min(enough, key=lambda name: quality[name].mae)
     chosen = best if model == "auto" else model
     signal = chosen != "mean" and _beats_mean(quality[chosen], quality["mean"], weights, values)

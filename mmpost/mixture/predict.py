@@ -23,8 +23,11 @@ from mmpost.core.seeding import generator
 Z95 = 1.959963984540054
 
 
+MIN_RUNS = 3
+
+
 class UnderdeterminedWarning(UserWarning):
-    """Fewer runs than free parameters: the surface goes through every point and says nothing between them."""
+    """Fewer directions than free parameters: the surface goes through every point and says nothing between them."""
 
 
 class Predictor(Protocol):
@@ -100,25 +103,31 @@ class Linear:
         """Columns of the regression, ``[n, features]``."""
         return weights
 
+    def rank(self, weights: np.ndarray) -> int:
+        """Free parameters that mixtures ``[n, m]`` fix."""
+        return int(np.linalg.matrix_rank(self.features(weights), tol=1e-9))
+
     def fit(self, weights: np.ndarray, values: np.ndarray, errors: np.ndarray) -> Self:
         """Least squares; the solution of smallest norm where there are several.
 
         Warns:
-            UnderdeterminedWarning: For fewer runs than free parameters.
+            UnderdeterminedWarning: When the mixtures fix fewer than all free parameters: too few of them, the same one
+                several times, or all on one line.
         """
-        rank_needed = self.num_parameters(weights.shape[1])
-        if len(values) < rank_needed:
+        columns = self.features(weights)
+        needed, rank = self.num_parameters(weights.shape[1]), self.rank(weights)
+        if rank < needed:
             warnings.warn(
-                f"{len(values)} runs for {rank_needed} free parameters: the {self.name} surface is not determined",
+                f"{len(values)} runs fix {rank} of the {needed} free parameters: the {self.name} surface is not "
+                "determined between them",
                 UnderdeterminedWarning,
                 stacklevel=2,
             )
-        columns = self.features(weights)
         # Redundant columns leave singular values of rounding size, which must not count as directions.
         self.coefficients = np.linalg.pinv(columns, rcond=1e-9) @ values
         self._inverse = np.linalg.pinv(columns.T @ columns, rcond=1e-12, hermitian=True)
         rest = values - columns @ self.coefficients
-        free = len(values) - int(np.linalg.matrix_rank(columns, tol=1e-9))
+        free = len(values) - rank
         spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.inf
         self.noise = math.sqrt(float(rest @ rest) / free) if free > 0 else spread
         return self
@@ -294,20 +303,25 @@ def make(name: str) -> Predictor:
     return _MODELS[name]()
 
 
-def check_enough(name: str, runs: int, m: int) -> None:
-    """Refuse a fit without two runs to spare.
+def check_enough(runs: int) -> None:
+    """Refuse to fit to almost nothing.
 
     Raises:
         MmpostError: MMP-V020.
     """
-    needed = make(name).num_parameters(m) + 2
-    if runs < needed:
-        raise MmpostError(
-            "MMP-V020",
-            f"model '{name}' has {needed - 2} parameters for {m} sources and needs at least {needed} runs; "
-            f"there are {runs}.",
-            "Run more mixtures, or choose a smaller model.",
-        )
+    if runs < MIN_RUNS:
+        raise MmpostError("MMP-V020", f"a fit needs at least {MIN_RUNS} runs; there are {runs}.", "Run more mixtures.")
+
+
+def is_determined(name: str, weights: np.ndarray) -> bool:
+    """Whether mixtures ``[n, m]`` fix all parameters of a model, with two mixtures to spare.
+
+    Several seeds of one mixture count once: they say nothing about other mixtures.
+    """
+    model = make(name)
+    needed = model.num_parameters(weights.shape[1])
+    distinct = np.unique(weights.round(9), axis=0)
+    return len(distinct) >= needed + 2 and (not isinstance(model, Linear) or model.rank(distinct) == needed)
 
 
 def expected_improvement(mean: np.ndarray, sd: np.ndarray, best: float) -> np.ndarray:

@@ -137,7 +137,8 @@ def read_records(folder: Path) -> list[MixtureRecord]:
             "MMP-V022", f"'{folder}' holds no {RESULTS}.", "Run mmpost mixture run design.yaml --config proxy.yaml."
         )
     records: list[MixtureRecord] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+    # Bytes, since a damaged file need not be text; the file ends with a line break unless it was cut.
+    for number, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), 1):
         try:
             row: dict[str, Any] = json.loads(line)
             if row.pop("schema") != SCHEMA:

@@ -76,7 +76,7 @@ def open_proxy(file: str, overrides: Sequence[str], sources: Sequence[str], comm
         file: YAML file or shipped recipe.
         overrides: ``KEY=VALUE`` words.
         sources: Names that the design gives weights to.
-        command: ``sft``, ``grpo``, ``upt``, or ``auto``: SFT unless the file has options that only GRPO knows.
+        command: ``sft``, ``grpo``, ``upt``, or ``auto``: the first of them that knows all options of the file.
 
     Raises:
         MmpostError: MMP-V029 when it does not have the design's sources, no limit of steps or no tests; and what the
@@ -105,11 +105,13 @@ def _name(name: str | None, path: str) -> str:
 
 def _load(file: str, overrides: Sequence[str], command: str) -> SFTConfig | GRPOConfig:
     if command == "auto":
-        try:
-            return load(SFTConfig, [file], overrides).config
-        except MmpostError:
-            # Whatever else is wrong is wrong for GRPO as well, and told below.
-            return load(GRPOConfig, [file], overrides).config
+        for kind in (SFTConfig, GRPOConfig):
+            try:
+                return load(kind, [file], overrides).config
+            except MmpostError:
+                continue
+        # Whatever else is wrong is wrong for the last as well, and told by it.
+        return load(UPTConfig, [file], overrides).config
     if command not in COMMANDS:
         known = f"Known: auto, {', '.join(COMMANDS)}"
         raise MmpostError("MMP-C006", f"unknown name '{command}' among commands.", known)

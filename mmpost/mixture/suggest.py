@@ -12,7 +12,7 @@ from mmpost.config.dump import inline
 from mmpost.mixture.fit import Fit
 from mmpost.mixture.optimise import Limits, propose
 from mmpost.mixture.predict import Z95
-from mmpost.mixture.records import label, rounded
+from mmpost.mixture.records import rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def suggest(
         seed: Of the candidates.
 
     Raises:
-        MmpostError: MMP-V020 for too few runs, MMP-V025 for impossible floors.
+        MmpostError: MMP-V025 for impossible floors.
     """
     name = fitted.model if model == "auto" else model
     predictor, m = fitted.as_model(name), len(fitted.sources)
@@ -122,8 +122,3 @@ def write_fragments(out: Path, fitted: Fit, found: Suggestions) -> list[Path]:
         file.write_text(fragment(fitted, found, index), encoding="utf-8")
         files.append(file)
     return files
-
-
-def describe(one: Suggestion) -> str:
-    """A suggestion in one line."""
-    return f"{label(one.weights)}: {one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]"

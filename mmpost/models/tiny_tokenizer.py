@@ -56,89 +56,59 @@ def _template(*, head: str, turn: str, tail: str, prompt: str, **media: str) -> 
     )
 
 
-_QWEN_MEDIA = {
-    "prompt": "<|im_start|>assistant\n",
+def _qwen(
+    markers: tuple[str, ...],
+    *,
+    turn: str = "<|im_start|>{{ message['role'] }}\n",
+    tail: str = "<|im_end|>\n",
+    named: Mapping[str, str] | None = None,
+    **media: str,
+) -> Style:
+    """Style of Qwen's chats, with the family's own media tokens behind the three that all of them have."""
+    return Style(
+        special=("<|endoftext|>", "<|im_start|>", "<|im_end|>", *markers),
+        bos="<|endoftext|>",
+        eos="<|im_end|>",
+        pad="<|endoftext|>",
+        template=_template(head="", turn=turn, tail=tail, prompt="<|im_start|>assistant\n", **media),
+        named=named or {},
+    )
+
+
+_VL_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_VL_MEDIA = {
     "image": "<|vision_start|><|image_pad|><|vision_end|>",
     "video": "<|vision_start|><|video_pad|><|vision_end|>",
 }
-_QWEN_SPECIAL = (
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-    *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
-)
-QWEN2 = Style(
-    special=_QWEN_SPECIAL,
-    bos="<|endoftext|>",
-    eos="<|im_end|>",
-    pad="<|endoftext|>",
-    template=_template(head="", turn="<|im_start|>{{ message['role'] }}\n", tail="<|im_end|>\n", **_QWEN_MEDIA),
-)
-QWEN3 = Style(
-    special=_QWEN_SPECIAL,
-    bos="<|endoftext|>",
-    eos="<|im_end|>",
-    pad="<|endoftext|>",
+QWEN2 = _qwen(_VL_TOKENS, **_VL_MEDIA)
+QWEN3 = _qwen(
+    _VL_TOKENS,
     # Qwen3 shows the result of a tool to the model as something the user says.
-    template=_template(
-        head="",
-        turn="{% if message['role'] == 'tool' %}<|im_start|>user\n<tool_response>\n"
-        "{% else %}<|im_start|>{{ message['role'] }}\n{% endif %}",
-        # Jinja drops a newline right after a tag, hence the expression.
-        tail="{% if message['role'] == 'tool' %}{{ '\n' }}</tool_response>{% endif %}<|im_end|>\n",
-        # The video processor of Qwen3-VL writes start and end around every frame itself and replaces the outer pair.
-        **_QWEN_MEDIA,
-    ),
+    turn="{% if message['role'] == 'tool' %}<|im_start|>user\n<tool_response>\n"
+    "{% else %}<|im_start|>{{ message['role'] }}\n{% endif %}",
+    # Jinja drops a newline right after a tag, hence the expression.
+    tail="{% if message['role'] == 'tool' %}{{ '\n' }}</tool_response>{% endif %}<|im_end|>\n",
+    # The video processor of Qwen3-VL writes start and end around every frame itself and replaces the outer pair.
+    **_VL_MEDIA,
 )
-QWEN2_AUDIO = Style(
-    special=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio_bos|>", "<|audio_eos|>", "<|AUDIO|>"),
-    bos="<|endoftext|>",
-    eos="<|im_end|>",
-    pad="<|endoftext|>",
-    template=_template(
-        head="",
-        turn="<|im_start|>{{ message['role'] }}\n",
-        tail="<|im_end|>\n",
-        prompt="<|im_start|>assistant\n",
-        audio="<|audio_bos|><|AUDIO|><|audio_eos|>",
-    ),
-)
-AUDIO_FLAMINGO = Style(
-    special=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<sound>"),
-    bos="<|endoftext|>",
-    eos="<|im_end|>",
-    pad="<|endoftext|>",
-    template=_template(
-        head="",
-        turn="<|im_start|>{{ message['role'] }}\n",
-        tail="<|im_end|>\n",
-        prompt="<|im_start|>assistant\n",
-        audio="<sound>",
-    ),
-)
+QWEN2_AUDIO = _qwen(("<|audio_bos|>", "<|audio_eos|>", "<|AUDIO|>"), audio="<|audio_bos|><|AUDIO|><|audio_eos|>")
+AUDIO_FLAMINGO = _qwen(("<sound>",), audio="<sound>")
 _OMNI_MEDIA = {
     "image": ("<|vision_bos|>", "<|IMAGE|>", "<|vision_eos|>"),
     "video": ("<|vision_bos|>", "<|VIDEO|>", "<|vision_eos|>"),
     "audio": ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"),
 }
-QWEN_OMNI = Style(
-    special=(
-        *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_bos|>", "<|vision_eos|>", "<|audio_bos|>"),
-        *("<|audio_eos|>", "<|IMAGE|>", "<|VIDEO|>", "<|AUDIO|>"),
-    ),
-    bos="<|endoftext|>",
-    eos="<|im_end|>",
-    pad="<|endoftext|>",
-    template=_template(
-        head="",
-        turn="<|im_start|>{{ message['role'] }}\n",
-        tail="<|im_end|>\n",
-        prompt="<|im_start|>assistant\n",
-        **{kind: "".join(tokens) for kind, tokens in _OMNI_MEDIA.items()},
+QWEN_OMNI = _qwen(
+    (
+        *("<|vision_bos|>", "<|vision_eos|>", "<|audio_bos|>", "<|audio_eos|>"),
+        *("<|IMAGE|>", "<|VIDEO|>", "<|AUDIO|>"),
     ),
     named={
         **{f"{kind}_token": tokens[1] for kind, tokens in _OMNI_MEDIA.items()},
         **{"vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>"},
         **{"audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"},
     },
+    **{kind: "".join(tokens) for kind, tokens in _OMNI_MEDIA.items()},
 )
 SMOLVLM = Style(
     special=(

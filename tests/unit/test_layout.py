@@ -1,6 +1,7 @@
 """Where things are, what may import what, and that lists agree with the tree."""
 
 import importlib
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -68,6 +69,24 @@ def test_listed_packages_are_those_of_the_tree():
     for folder in ["mmpost", *OUTER.values()]:
         stray = [file for file in (ROOT / folder).rglob("*.py") if not (file.parent / "__init__.py").is_file()]
         assert stray == []
+
+
+def wanted(extra):
+    """Requirements of an extra, those of the extras it names included."""
+    from packaging.requirements import Requirement
+
+    found = []
+    for line in PROJECT["project"]["optional-dependencies"][extra]:
+        one = Requirement(line)
+        found += [deep for name in one.extras for deep in wanted(name)] if one.name == "mmpost-toolkit" else [one]
+    return found
+
+
+@pytest.mark.parametrize("requirement", wanted("dev"), ids=str)
+def test_what_tests_need_is_installed(requirement):
+    # Tests of optional parts are skipped where a part is absent; where tests are run as documented, none may be.
+    version = importlib.metadata.version(requirement.name)
+    assert requirement.specifier.contains(version, prereleases=True), version
 
 
 def test_light_modules_import_no_heavy_library():

@@ -112,7 +112,7 @@ def test_leave_one_out_of_the_seed_runs(model):
 
 
 def test_the_paper_s_surface_is_not_determined_by_its_seed_runs():
-    with pytest.warns(UnderdeterminedWarning, match="11 runs for 15 free parameters"):
+    with pytest.warns(UnderdeterminedWarning, match="11 runs fix 10 of the 15 free parameters"):
         surface = Quadratic().fit(WEIGHTS, OUT, np.zeros(11))
     # It interpolates: a tenth of the table's digits is left.
     rest = OUT - surface.predict(WEIGHTS)[0]

@@ -15,8 +15,8 @@ from mmpost.mixture.predict import (
     Linear,
     Quadratic,
     UnderdeterminedWarning,
-    check_enough,
     expected_improvement,
+    is_determined,
     make,
 )
 from mmpost.mixture.predictor import MixturePredictor
@@ -85,17 +85,30 @@ def test_a_noiseless_quadratic_is_recovered_with_its_optimum():
 
 
 def test_few_runs_are_told():
-    with pytest.warns(UnderdeterminedWarning, match="4 runs for 6 free parameters: the quadratic surface"):
+    with pytest.warns(UnderdeterminedWarning, match="4 runs fix 4 of the 6 free parameters: the quadratic surface"):
         Quadratic().fit(simplex(4, 3), np.arange(4.0), np.zeros(4))
-    check_enough("quadratic", 8, 3)
+    with pytest.warns(UnderdeterminedWarning, match="fix 5 of the 6"):
+        found = fit(records(simplex(5, 3), np.linspace(0.2, 0.6, 5)), Target(), "quadratic")
+    assert found.model == "quadratic"
     with pytest.raises(MmpostError) as caught:
-        check_enough("quadratic", 7, 3)
-    assert str(caught.value) == (
-        "model 'quadratic' has 6 parameters for 3 sources and needs at least 8 runs; there are 7. "
-        "Run more mixtures, or choose a smaller model. [MMP-V020]"
-    )
-    with pytest.raises(MmpostError, match="MMP-V020"):
-        fit(records(simplex(7, 3), np.linspace(0.2, 0.6, 7)), Target(), "quadratic")
+        fit(records(simplex(2, 3), np.array([0.2, 0.6])), Target())
+    assert str(caught.value) == "a fit needs at least 3 runs; there are 2. Run more mixtures. [MMP-V020]"
+
+
+def test_seeds_of_one_mixture_and_mixtures_on_a_line_determine_nothing():
+    few = simplex(4, 3)
+    twice = np.concatenate([few, few])
+    assert len(twice) == Quadratic.num_parameters(3) + 2
+    with pytest.warns(UnderdeterminedWarning, match="8 runs fix 4 of the 6"):
+        Quadratic().fit(twice, np.arange(8.0), np.zeros(8))
+    line = np.stack([np.linspace(0, 1, 9), 1 - np.linspace(0, 1, 9), np.zeros(9)], axis=1)
+    with pytest.warns(UnderdeterminedWarning, match="9 runs fix 3 of the 6"):
+        Quadratic().fit(line, np.arange(9.0), np.zeros(9))
+    chosen = fit(records(line, 0.5 + 0.1 * line[:, 0]), Target())
+    assert "quadratic" not in chosen.quality
+    assert "linear" not in chosen.quality
+    assert is_determined("quadratic", simplex(8, 3))
+    assert not is_determined("quadratic", simplex(7, 3))
 
 
 @pytest.mark.parametrize(("mean", "sd", "best"), [(0.5, 0.1, 0.6), (0.7, 0.05, 0.6), (0.1, 0.3, 0.9), (0.6, 1.0, 0.6)])

@@ -10,7 +10,8 @@ import pytest
 from mmpost.api.data import Data
 from mmpost.api.filtering import Rule, facts, filter_rows
 from mmpost.api.questions import Wanted, edit_similarity, question_in, synthesize
-from mmpost.api.rollouts import journal_of
+from mmpost.api.rollouts import journal_of, write_rows
+from mmpost.cli.questions import open_sources
 from mmpost.core.errors import MmpostError
 from mmpost.core.rollout import Group, Rollout
 from mmpost.core.sample import Part, Sample, Turn
@@ -178,3 +179,20 @@ def test_new_questions_are_counted_filtered_and_the_same_after_any_stop(rows, ti
     assert synthesize(rows, tiny_model, parts, **options) == counts
     assert journal_of(parts).read_bytes() == journal
     assert parts.read_bytes() == (tmp_path / "whole" / "new.jsonl").read_bytes()
+
+
+def test_files_of_one_stem_and_ids_that_look_alike_stay_apart(tmp_path, picture):
+    for folder, text in (("one", "How many?"), ("two", "Which one?")):
+        (tmp_path / folder).mkdir()
+        line = json.dumps({"messages": [{"role": "user", "content": text}], "solution": "1"})
+        (tmp_path / folder / "rows.jsonl").write_text(line + "\n")
+    paths = [str(tmp_path / folder / "rows.jsonl") for folder in ("one", "two", "one")]
+    assert [data.name for data in open_sources(paths, None, None, None)] == ["rows", "rows-2", "rows-3"]
+
+    parts = [(Part("image", ref=picture(28, 28, seed)), Part("text", "?")) for seed in range(4)]
+    ids = ("a b", "a_b", "a_b-2", "a:b")
+    rows = [Sample(name, (Turn("user", part, False),), {}, "") for name, part in zip(ids, parts, strict=True)]
+    write_rows(rows, tmp_path / "out" / "rows.jsonl")
+    written = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    found = [(tmp_path / "out" / row["images"][0]).read_bytes() for row in written]
+    assert found == [part[0].ref for part in parts]
