@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from mmpost.core.errors import MmpostError
+from mmpost.core.files import write_whole
 from mmpost.core.seeding import generator
 from mmpost.mixture import SCHEMES
 from mmpost.mixture.heuristics import heuristics
@@ -201,10 +202,7 @@ def write_design(path: Path, made: Design) -> None:
         "mixtures:",
     ]
     lines += [f"  - [{', '.join(f'{w:.6f}' for w in row.values())}]  # {label(row)}" for row in made.named()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "\n".join(lines) + "\n")
 
 
 def read_design(path: Path) -> Design:

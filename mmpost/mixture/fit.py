@@ -14,6 +14,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from mmpost.core.errors import MmpostError
+from mmpost.core.files import write_whole
 from mmpost.mixture import MODELS
 from mmpost.mixture.predict import (
     Z95,
@@ -200,10 +201,7 @@ def write_fit(path: Path, fitted: Fit) -> None:
         ],
         "settings": fitted.settings,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_fit(path: Path) -> Fit:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mmpost.core.errors import MmpostError
+from mmpost.core.files import write_whole
 
 SCHEMA = 1
 RESULTS = "results.jsonl"
@@ -115,10 +116,7 @@ def run_name(weights: Mapping[str, float], seed: int) -> str:
 def write_records(path: Path, records: Iterable[MixtureRecord]) -> None:
     """Write all records at once, in an order that does not depend on which run ended first."""
     lines = [json.dumps({"schema": SCHEMA, **asdict(r)}, ensure_ascii=False) for r in sorted(records, key=_order)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(line + "\n" for line in lines))
 
 
 def _order(record: MixtureRecord) -> tuple[int, list[float]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from mmpost.config.load import load
 from mmpost.config.run import GRPOConfig, SFTConfig
 from mmpost.config.upt import UPTConfig
 from mmpost.core.errors import MmpostError
+from mmpost.core.files import write_whole
 from mmpost.mixture.designs import Design
 from mmpost.mixture.processes import Engine, Job, Processes
 from mmpost.mixture.records import RESULTS, MixtureRecord, run_name, write_records
@@ -105,13 +105,12 @@ def _name(name: str | None, path: str) -> str:
 
 def _load(file: str, overrides: Sequence[str], command: str) -> SFTConfig | GRPOConfig:
     if command == "auto":
-        for kind in (SFTConfig, GRPOConfig):
+        for kind in ("sft", "grpo"):
             try:
-                return load(kind, [file], overrides).config
+                return load(COMMANDS[kind], [file], overrides).config
             except MmpostError:
                 continue
-        # Whatever else is wrong is wrong for the last as well, and told by it.
-        return load(UPTConfig, [file], overrides).config
+        command = "upt"  # whatever else is wrong is wrong for the last as well, and told by it
     if command not in COMMANDS:
         known = f"Known: auto, {', '.join(COMMANDS)}"
         raise MmpostError("MMP-C006", f"unknown name '{command}' among commands.", known)
@@ -273,7 +272,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mmpost.config.dump import inline
+from mmpost.core.files import write_whole
 from mmpost.mixture.fit import Fit
 from mmpost.mixture.optimise import Limits, propose
 from mmpost.mixture.predict import Z95
@@ -118,7 +119,6 @@ def write_fragments(out: Path, fitted: Fit, found: Suggestions) -> list[Path]:
     files = []
     for index in range(len(found.chosen)):
         file = out if index == 0 else out.with_name(f"{out.stem}-{index + 1}{out.suffix}")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(fragment(fitted, found, index), encoding="utf-8")
+        write_whole(file, fragment(fitted, found, index))
         files.append(file)
     return files
