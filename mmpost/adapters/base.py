@@ -7,10 +7,11 @@ what a rollout would have produced (prompt, then answer), and the loss span need
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -121,9 +122,26 @@ class MediaAdapter:
 
     def encode_prompt(self, sample: Sample) -> Encoded:
         """The same for a prompt that the policy continues; nothing in it trains."""
+        return self._encode_pieces(sample, [self._prompt_piece(sample)])
+
+    def encode_scrambled(self, sample: Sample, random: np.random.Generator) -> Encoded | None:
+        """``encode_prompt`` with the frames of every video in a random order; None for a row without video.
+
+        Frames are shuffled one by one, before families join them into pairs. Times stay sorted, in positions and in
+        text: they would tell the order.
+        """
+        if not sample.media("video"):
+            return None
+
+        def scrambled(shown: Shown) -> Shown:
+            clips = [clip.shuffled(random) for clip in shown.get("video", ())]
+            return {**shown, "video": clips} if clips else shown
+
+        return self._encode_pieces(sample, [self._prompt_piece(sample)], scrambled)
+
+    def _prompt_piece(self, sample: Sample) -> Piece:
         refuse_other_kinds(sample, self.kinds, self.config.model_type)
-        text = self._render(sample.turns, generate=True)
-        return self._encode_pieces(sample, [Piece(text, tuple(sample.media()), False)])
+        return Piece(self._render(sample.turns, generate=True), tuple(sample.media()), False)
 
     def encode_answer(self, sample: Sample) -> Tensor:
         """Ids of the final assistant turn as ``encode`` trains them, the end token included, int64 ``[n]``.
@@ -230,14 +248,17 @@ class MediaAdapter:
         ]
         return min(ends) if ends else len(rendered.rstrip())
 
-    def _encode_pieces(self, sample: Sample, pieces: Sequence[Piece]) -> Encoded:
+    def _encode_pieces(
+        self, sample: Sample, pieces: Sequence[Piece], change: Callable[[Shown], Shown] = lambda shown: shown
+    ) -> Encoded:
+        """Pieces behind each other; ``change`` may replace what was decoded."""
         ids: list[Tensor] = []
         train: list[Tensor] = []
         media: list[dict[str, Tensor]] = []
         for piece in pieces:
             if not piece.text:
                 continue
-            shown = self._decoded(sample, piece.media)
+            shown = change(self._decoded(sample, piece.media))
             self._check_marks(sample, piece.text, shown)
             piece_ids, piece_media = self._tokenize(piece.text, shown)
             ids.append(piece_ids)
@@ -261,8 +282,22 @@ class MediaAdapter:
         if kind == "audio":
             return audio_media.load(ref, section=self.section, origin=origin, min_seconds=self.min_seconds)
         if kind == "video":
-            return video_media.load(ref, section=self.section, origin=origin)
+            return self.load_video(ref, origin)
         return image_media.load(ref, origin=origin)
+
+    def load_video(self, ref: str | bytes, origin: str) -> video_media.Video:
+        """A decoded video, without its sound track.
+
+        Raises:
+            MmpostError: MMP-C068 when the user asks for sound tracks, and what decoding raises.
+        """
+        if self.section.use_audio_in_video:
+            raise MmpostError(
+                "MMP-C068",
+                f"data.media.use_audio_in_video=true, but the model ({self.config.model_type}) does not hear videos.",
+                "Take Qwen2.5-Omni, or set it to false.",
+            )
+        return video_media.load(ref, section=self.section, origin=origin)
 
     def _tokenize(self, text: str, shown: Shown) -> tuple[Tensor, dict[str, Tensor]]:
         """Ids with every placeholder as often as the encoder has features for it, and the media tensors.

@@ -73,6 +73,9 @@ class MediaSection(Settings):
     fps: float = Field(2.0, gt=0, description="frames per second taken from videos")
     max_frames: int = Field(64, ge=1, description="most frames of one video; longer ones are sampled more sparsely")
     video_max_pixels: int = Field(602112, ge=1, description="larger video frames are shrunk to this many pixels")
+    use_audio_in_video: bool = Field(
+        False, description="Qwen2.5-Omni: hear the sound tracks of videos too, in turns with their frames"
+    )
     sample_rate: int = Field(16000, ge=1000, le=768000, description="samples per second that sound is converted to")
     max_audio_seconds: float = Field(30.0, gt=0, description="longest sound; longer ones are refused, never cut")
     decoder: Literal["auto", "pyav", "torchcodec", "decord"] = Field(
@@ -244,6 +247,12 @@ class RolloutSection(Settings):
 
     engine: Literal["native", "transformers", "vllm"] = Field(
         "native", description="native: the trainer's own decode loop; transformers: generate(); vllm"
+    )
+    cache: Literal["dynamic", "static"] = Field(
+        "dynamic", description="native: keys and values grow with the completions, or have fixed shapes"
+    )
+    compile: bool | Literal["auto"] = Field(
+        False, description="native, static: decode through torch.compile, on CUDA as CUDA graphs; auto: where it works"
     )
     vllm: VllmSettings = Field(default_factory=VllmSettings)
 

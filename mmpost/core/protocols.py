@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mmpost.core.sample import Sample
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from mmpost.core.batch import Batch, Encoded
@@ -39,6 +40,10 @@ class Adapter(Protocol):
 
     def encode_prompt(self, sample: Sample) -> Encoded:
         """The same for a conversation that the policy continues."""
+        ...
+
+    def encode_scrambled(self, sample: Sample, random: np.random.Generator) -> Encoded | None:
+        """``encode_prompt`` of a copy whose parts come in a random order in time; None where there is no time."""
         ...
 
     def encode_answer(self, sample: Sample) -> Tensor:

@@ -61,6 +61,10 @@ class Video:
         span = float(self.times[-1] - self.times[0])
         return (len(self.times) - 1) / span if span > 0 else self.fps
 
+    def shuffled(self, random: np.random.Generator) -> Video:
+        """The same frames in a random order at the same times."""
+        return replace(self, frames=self.frames[random.permutation(len(self.frames))])
+
     def padded(self, multiple: int) -> Video:
         """The same with its last frame and time repeated until their number is a multiple, for paired frames."""
         missing = -len(self.times) % multiple
