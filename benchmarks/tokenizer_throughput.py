@@ -4,6 +4,10 @@
 
 Both sides have the same weights, batches and losses. The plain training loop has no running means, no health, no log
 and no checkpoints; the plain evaluation encodes and decodes every image anew for each of the fifteen settings.
+
+Times are wall clock: time of the process alone would hide waiting for data. The two sides take turns in short pieces,
+and their order changes with every piece, so that a machine that others use slows both alike. A round's ratio is that of
+its sums; the last line has the median over rounds and the smallest and largest.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import functools
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,22 +107,41 @@ def plain_pfd(tokenizer: Any, images: ImageSet, extractor: FeatureExtractor) -> 
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Seconds: wall time on a GPU, time of this process on a CPU, which others may share."""
-    now = time.perf_counter if torch.cuda.is_available() else time.process_time
+    """Seconds of wall clock."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    clock = now()
+    clock = time.perf_counter()
     work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return now() - clock
+    return time.perf_counter() - clock
+
+
+def alternating(ours: Callable[[], Any], plain: Callable[[], Any], pieces: int) -> dict[str, float]:
+    """Seconds of both sides, a piece of one after a piece of the other; the side that begins changes."""
+    seconds = {"ours": 0.0, "plain": 0.0}
+    sides = [("ours", ours), ("plain", plain)]
+    for piece in range(pieces):
+        for name, work in sides if piece % 2 == 0 else sides[::-1]:
+            seconds[name] += timed(work)
+    return seconds
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Median, smallest and largest over rounds of the ratios and of the share of waiting."""
+    found: dict[str, Any] = {"rounds": len(rows)}
+    for name in ("train_ratio", "pfd_ratio", "wait_share"):
+        values = [row[name] for row in rows]
+        found[name] = {"median": float(np.median(values)), "min": min(values), "max": max(values)}
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="tokenizers/demo")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=5, help="of a piece")
+    parser.add_argument("--pieces", type=int, default=6, help="of each side in a round")
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/tokenizer_throughput.jsonl"))
@@ -133,20 +156,22 @@ def main() -> None:
     train(2)
     direct(2)
     words.out.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
     with words.out.open("a", encoding="utf-8") as file:
         for number in range(words.rounds):
             before = copy.copy(trainer.state)
-            seconds = {
-                "ours": timed(functools.partial(train, words.steps)),
-                "plain": timed(functools.partial(direct, words.steps)),
-            }
+            seconds = alternating(
+                functools.partial(train, words.steps), functools.partial(direct, words.steps), words.pieces
+            )
             waited, spent = trainer.state.waited - before.waited, trainer.state.seconds - before.seconds
-            seen = words.steps * config.train.batch_size
+            seen = words.steps * words.pieces * config.train.batch_size
             tokenizer = trainer.mean.model
-            scores = {
-                "ours": timed(functools.partial(pfid, tokenizer, images, extractor)),
-                "plain": timed(functools.partial(plain_pfd, tokenizer, images, extractor)),
+            # One evaluation is a piece of its own; which side begins changes with the round.
+            sides = {
+                "ours": functools.partial(pfid, tokenizer, images, extractor),
+                "plain": functools.partial(plain_pfd, tokenizer, images, extractor),
             }
+            scores = {name: timed(sides[name]) for name in (sorted(sides) if number % 2 == 0 else sorted(sides)[::-1])}
             record = {
                 "round": number,
                 "config": words.config,
@@ -161,7 +186,9 @@ def main() -> None:
                 "images": len(images),
             }
             file.write(json.dumps(record) + "\n")
+            rows.append(record)
             print(json.dumps(record))
+    print(json.dumps(summary(rows)))
 
 
 if __name__ == "__main__":

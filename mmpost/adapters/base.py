@@ -25,6 +25,7 @@ from mmpost.adapters.checks import (
     runs_of,
     too_long,
 )
+from mmpost.adapters.prepared import Prepared, content_key
 from mmpost.config.schema import MediaSection
 from mmpost.core.batch import Batch, Encoded
 from mmpost.core.errors import MmpostError
@@ -63,6 +64,7 @@ class MediaAdapter:
         self.config = config
         self.max_length = max_length
         self.section = media
+        self.prepared = Prepared()
         self.tokens: dict[Kind, str] = {kind: getattr(processor, f"{kind}_token") for kind in self.kinds}
         self.token_ids: dict[Kind, int] = {kind: getattr(config, f"{kind}_token_id") for kind in self.kinds}
         pad = self.tokenizer.pad_token_id
@@ -101,7 +103,7 @@ class MediaAdapter:
     def join_media(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Media tensors of several rows as the model's arguments, in row order."""
         names = dict.fromkeys(name for row in rows for name in row)
-        return {name: torch.cat([row[name] for row in rows if name in row]) for name in names}
+        return {name: joined([row[name] for row in rows if name in row]) for name in names}
 
     # -- encoding ------------------------------------------------------------------------------------------------
 
@@ -279,6 +281,10 @@ class MediaAdapter:
         return shown
 
     def _load(self, kind: Kind, ref: str | bytes, origin: str) -> Any:
+        """The decoded medium; the same object while it is remembered."""
+        return self.prepared.item(content_key(kind, ref), lambda: self._decode_one(kind, ref, origin))
+
+    def _decode_one(self, kind: Kind, ref: str | bytes, origin: str) -> Any:
         if kind == "audio":
             return audio_media.load(ref, section=self.section, origin=origin, min_seconds=self.min_seconds)
         if kind == "video":
@@ -395,3 +401,8 @@ class MediaAdapter:
     def save(self, folder: Path) -> None:
         """Write processor, tokenizer and chat template."""
         self.processor.save_pretrained(folder)
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors behind each other; a single one is not copied, so that rows with the same picture share it."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

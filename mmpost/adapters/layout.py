@@ -2,11 +2,15 @@
 
 Packed, a prompt that several rows continue is there once, with its media; each completion is a segment behind it. No
 padding goes through the model, and a token that predicts nothing trained (the last of a row) is left out.
+
+A picture that several prompts show goes through the tower once: ``same_image`` in the inputs says for each picture
+which is the first equal one. Pictures are equal when their tensors are, wherever they come from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,8 +18,20 @@ from torch import Tensor
 from mmpost.core.batch import Batch, Encoded, Segment
 from mmpost.core.protocols import Adapter
 
+# Values by which pictures are told apart before they are compared as a whole.
+PROBES = 32
+
 # Prompt and completion (int64 [n]), or a whole row and None.
 Trajectory = tuple[Encoded, Tensor | None]
+
+
+@runtime_checkable
+class KnowsItems(Protocol):
+    """An adapter that can tell the items of the vision tower apart."""
+
+    def tower_items(self, media: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+        """What the tower sees of a row, item by item in the model's order, by kind (``image``, ``video``)."""
+        ...
 
 
 def pad(adapter: Adapter, rows: Sequence[Trajectory]) -> Batch:
@@ -114,10 +130,41 @@ class _Packing:
             "input_ids": torch.cat(self.ids)[None],
             "position_ids": positions if self.adapter.position_axes > 1 else positions[0],
             **self.adapter.join_media(self.media),
+            **_same(self.adapter, self.media),
         }
         sizes = torch.tensor([len(piece) for piece in self.at])
         row = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
         return Batch(inputs, row, torch.cat(self.at), torch.cat(self.target), len(sizes), tuple(self.segments))
+
+
+def _same(adapter: Adapter, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """For each kind with repeated items, the number of the first equal item of each, int64 ``[items]``."""
+    if not isinstance(adapter, KnowsItems):
+        return {}
+    items: dict[str, list[Tensor]] = {}
+    for row in rows:
+        for kind, found in adapter.tower_items(row).items():
+            items.setdefault(kind, []).extend(found)
+    firsts = {f"same_{kind}": first_equal(found) for kind, found in items.items()}
+    return {name: torch.tensor(first) for name, first in firsts.items() if len(set(first)) < len(first)}
+
+
+def first_equal(items: Sequence[Tensor]) -> list[int]:
+    """For each tensor the number of the first that has the same shape and values.
+
+    A few values tell most apart; only where they agree all are compared.
+    """
+    seen: dict[tuple[object, ...], list[int]] = {}
+    out = []
+    for number, item in enumerate(items):
+        flat = item.reshape(-1)
+        values = flat[:: max(1, flat.numel() // PROBES)].tolist()
+        alike = seen.setdefault((item.shape, *values), [])
+        found = next((i for i in alike if items[i].data_ptr() == item.data_ptr() or torch.equal(items[i], item)), None)
+        if found is None:
+            alike.append(number)
+        out.append(number if found is None else found)
+    return out
 
 
 def _any_media(ids: Tensor, media: tuple[int, ...]) -> bool:

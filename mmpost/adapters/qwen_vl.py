@@ -9,15 +9,17 @@ time axis by the mean seconds between pairs. Qwen3-VL writes the seconds of each
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mmpost.adapters.base import MediaAdapter
+from mmpost.adapters.base import MediaAdapter, joined
 from mmpost.adapters.checks import TOKEN_TYPES, Shown
 from mmpost.config.schema import MediaSection
 from mmpost.core.sample import Kind
@@ -65,11 +67,19 @@ class QwenVLAdapter(MediaAdapter):
         """Pixels by the checkpoint's image and video processors."""
         media: dict[str, Tensor] = {}
         if shown.get("image"):
-            media |= dict(self.processor.image_processor(images=list(shown["image"]), return_tensors="pt"))
+            media |= self._together(shown["image"], self._image)
         if shown.get("video"):
-            clips = [self._video(clip) for clip in shown["video"]]
-            media |= {name: torch.cat([clip[name] for clip in clips]) for name in clips[0]}
+            media |= self._together(shown["video"], self._video)
         return media
+
+    def _together(self, items: Sequence[Any], make: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors of several items, each made once while it is remembered."""
+        made = [self.prepared.tensors(item, functools.partial(make, item)) for item in items]
+        return {name: joined([one[name] for one in made]) for name in made[0]}
+
+    def _image(self, picture: Image.Image) -> dict[str, Tensor]:
+        """Tensors of one picture."""
+        return dict(self.processor.image_processor(images=[picture], return_tensors="pt"))
 
     def _video(self, clip: Video) -> dict[str, Tensor]:
         """Tensors of one video; frames go in pairs, the last one twice if it is alone."""
@@ -81,6 +91,15 @@ class QwenVLAdapter(MediaAdapter):
         if self.position_rate() is not None:
             media[self.seconds_name] = torch.tensor([pair / clip.sampled_fps])
         return media
+
+    def tower_items(self, media: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+        """Patches of each picture and of each video."""
+        names = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+        return {
+            kind: list(media[pixels].split(media[grid].prod(-1).tolist()))
+            for kind, (pixels, grid) in names.items()
+            if pixels in media
+        }
 
     def dummy_media(self) -> dict[str, Tensor]:
         """A small picture."""

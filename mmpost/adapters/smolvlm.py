@@ -5,6 +5,7 @@ Source: SmolVLM (arXiv 2504.05299) and transformers' SmolVLM processor.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -35,14 +36,31 @@ class SmolVLMAdapter(MediaAdapter):
             image_processor.size = {**size, "longest_edge": min(size["longest_edge"], edge)}
 
     def _tokenize(self, text: str, shown: Shown) -> tuple[Tensor, dict[str, Tensor]]:
-        """Everything by the processor, because tiles have text between them."""
+        """Pictures by the processor, because tiles have text between them."""
         if not shown:
             return super()._tokenize(text, shown)
-        # A list of images for each row.
-        images = [list(shown["image"])]
-        out = self.processor(text=[text], images=images, add_special_tokens=False, return_tensors="pt")
+        pictures, texts = shown["image"], text.split(self.tokens["image"])
+        made = [self.prepared.tensors(one, functools.partial(self._alone, one)) for one in pictures]
+        # What stands for a picture begins and ends with a special token, so that the text around it is tokenised as if
+        # it stood alone.
+        pieces = [super(SmolVLMAdapter, self)._tokenize(piece, {})[0] for piece in texts]
+        ids = [pieces[0]]
+        for picture, piece in zip(made, pieces[1:], strict=True):
+            ids += [picture["ids"], piece]
+        names = [name for name in made[0] if name != "ids"]
+        return torch.cat(ids), {name: torch.cat([one[name] for one in made], 1) for name in names}
+
+    def _alone(self, picture: Image.Image) -> dict[str, Tensor]:
+        """Tiles of one picture, and the ids that stand for it."""
+        text, images = [self.tokens["image"]], [[picture]]
+        out = self.processor(text=text, images=images, add_special_tokens=False, return_tensors="pt")
         media = {name: out[name] for name in ("pixel_values", "pixel_attention_mask") if name in out}
-        return out["input_ids"][0], media
+        return {**media, "ids": out["input_ids"][0]}
+
+    def tower_items(self, media: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+        """Tiles, without the filling that the model drops."""
+        tiles = media["pixel_values"].flatten(0, 1)
+        return {"image": [tile for tile in tiles if tile[0, 0, 0] != 0 or tile.any()]}
 
     def dummy_media(self) -> dict[str, Tensor]:
         """A black picture, because one of zeros (middle grey) is taken for padding."""

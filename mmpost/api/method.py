@@ -12,6 +12,7 @@ from mmpost.core.errors import MmpostError
 from mmpost.models.load import LoadedModel, load
 from mmpost.models.policy import Policy
 from mmpost.train.choose import choose
+from mmpost.train.contrast import Contrast
 from mmpost.train.method import Method
 from mmpost.train.reference import Frozen
 
@@ -28,6 +29,13 @@ def open_method(config: SFTConfig | GRPOConfig) -> Method:
     preset = Catalog("algos", ALGOS).get(name)
     own_engine = not isinstance(config, GRPOConfig) or config.rollout.engine != "vllm"
     method = choose(name, preset, section, own_engine=own_engine)
+    if isinstance(method.draw, Contrast) and not own_engine:
+        raise MmpostError(
+            "MMP-C036",
+            f"'{name}' needs completions of films with shuffled frames, which rollout.engine=vllm cannot make: it "
+            "decodes the files itself.",
+            "Set rollout.engine=native.",
+        )
     if isinstance(config, SFTConfig):
         if section.advantage not in (None, "ones"):
             raise MmpostError(

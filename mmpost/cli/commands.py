@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmpost import __version__
-from mmpost.cli import generator, tokenizer
+from mmpost.cli import bridge, demo_video, generator, tokenizer
+from mmpost.cli.clap_temporal import clap_app
 from mmpost.cli.mixture import mixture_app
+from mmpost.cli.words import numbers
 from mmpost.config.run import GRPOConfig, SFTConfig
 from mmpost.config.upt import UPTConfig
 
@@ -35,6 +37,7 @@ app.add_typer(runs_app, name="runs")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(generator.app, name="generator")
 app.add_typer(mixture_app, name="mixture")
+app.add_typer(clap_app, name="clap-temporal")
 
 EXAMPLES = {
     "sft": (
@@ -141,6 +144,10 @@ def resume(
     config = run / "config.yaml"
     if not config.is_file():
         raise MmpostError("MMP-E023", f"'{run}' is no run folder: it has no config.yaml.", "See mmpost runs list.")
+    if bridge.resume_run(run, gpus=gpus, processes=processes):
+        return
+    if (run / "inputs.json").is_file() and generator.resume_run(run, gpus=gpus, processes=processes):
+        return
     text = config.read_text()
     if "\ntokenizer:" in f"\n{text}":
         tokenizer.resume_training(run, gpus=gpus, processes=processes)
@@ -208,7 +215,7 @@ def demo(
     """First light: a small model from nothing through SFT to RL on real pictures."""
     from mmpost.cli.demo import first_light
 
-    first_light(out, [int(seed) for seed in seeds.split(",")], control=control)
+    first_light(out, numbers(seeds, "--seeds"), control=control)
 
 
 @app.command("demo-upt")
@@ -219,7 +226,10 @@ def demo_upt(
     """Learning without labels: the majority vote beside labels and beside random labels."""
     from mmpost.cli.demo_upt import demo_upt as run_demo
 
-    run_demo(out, [int(seed) for seed in seeds.split(",")])
+    run_demo(out, numbers(seeds, "--seeds"))
+
+
+app.command("demo-video")(demo_video.command)
 
 
 @app.command()

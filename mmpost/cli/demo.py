@@ -109,9 +109,15 @@ def _chain(base: Path, seed: int, control: bool) -> tuple[dict[str, StageResult]
 
 
 def _stage(
-    config_class: type[SFTConfig] | type[GRPOConfig], config: str, words: list[str], folder: Path, seed: int
+    config_class: type[SFTConfig] | type[GRPOConfig],
+    config: str,
+    words: list[str],
+    folder: Path,
+    seed: int,
+    *,
+    task: str = TASK,
 ) -> StageResult:
-    """One training run, continued if it was interrupted, taken as it is if it was finished."""
+    """One training run with its scores, continued if it was interrupted, taken as it is if it was finished."""
     loaded = load(config_class, [config], words)
     _say(f"seed {seed}, stage {folder.name}: mmpost {config_class.command} {config} {' '.join(words)}")
     command = ["mmpost", config_class.command, config, *words]
@@ -122,7 +128,7 @@ def _stage(
             raise
         again = f"Delete '{folder}' to run the demo again from the start."
         raise MmpostError(error.code, error.what, again) from error
-    file = folder / "eval" / f"{TASK}.json"
+    file = folder / "eval" / f"{task}.json"
     rows = [json.loads(line) for line in file.with_suffix(".samples.jsonl").read_text().splitlines()]
     last = json.loads([line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"time"' in line][-1])
     return StageResult([row["accuracy"] for row in rows], last["time"], folder, file)

@@ -62,7 +62,7 @@ def _chain(base: Path, seed: int, share: float) -> dict[str, Any]:
         "baseline": _tokenizer(base / "baseline", seed, share, beta=0.0),
         "perturbed": _tokenizer(base / "perturbed", seed, share, beta=0.5),
     }
-    found["changed"] = _changed(base / "perturbed")
+    found["changed"] = _changed(base / "perturbed", seed)
     found["generator"] = _generator(base, seed, share)
     found["posttrain"] = _posttrain(base, seed, share)
     found["bridge"] = _bridge(base, seed, share)
@@ -90,16 +90,17 @@ def _tokenizer(folder: Path, seed: int, share: float, *, beta: float) -> dict[st
     }
 
 
-def _changed(folder: Path) -> dict[str, float]:
+def _changed(folder: Path, seed: int) -> dict[str, float]:
     """Share of tokens that the perturbation of the finished tokenizer changes, against what it should be."""
     import torch
 
+    from mmpost.core import seeding
     from mmpost_tokenizers.perturbation import LatentPerturbation, scaled_delta
     from mmpost_tokenizers.session import open_tokenizer
 
     tokenizer = open_tokenizer(folder)
     alpha, beta, delta, count = 1.0, 0.5, scaled_delta(tokenizer.codebook_size), 4000
-    draw = torch.Generator().manual_seed(1)
+    draw = torch.Generator().manual_seed(int(seeding.generator(seed, "demo.changed").integers(2**62)))
     indices = torch.randint(tokenizer.codebook_size, (count, *tokenizer.index_shape), generator=draw)
     device = next(tokenizer.parameters()).device
     moved = LatentPerturbation(alpha, beta, delta)(tokenizer, indices.to(device), generator=draw)
@@ -136,7 +137,9 @@ def _generator(base: Path, seed: int, share: float) -> dict[str, Any]:
         words = [f"train.seed={seed}", *_steps("train", GENERATOR_STEPS, share)]
         loaded = load(GeneratorRunConfig, [f"{CONFIGS}/generator_demo.yaml"], words)
         codes, held_out = str(base / "codes-train"), str(base / "codes-heldout")
-        summary = run_training(loaded.config, codes, held_out, base / "generator", resolved_yaml(loaded))
+        summary = run_training(
+            loaded.config, codes, held_out, base / "generator", resolved_yaml(loaded), tokenizer=str(base / "perturbed")
+        )
         scores = evaluate_samples(
             str(base / "generator"),
             str(base / "perturbed"),
@@ -189,7 +192,7 @@ def _means(chains: list[dict[str, Any]]) -> dict[str, Any]:
         "perturbed": SCORES,
         "changed": ("share", "expected", "half_width_99"),
         "generator": ("held_out_nll", "unigram_nll", "uniform_nll", "gfd", "class_accuracy", "precision", "recall"),
-        "posttrain": ("pair_loss_before", "pair_loss_after", "sigma", "drift"),
+        "posttrain": ("pair_loss_before", "pair_loss_after", "pair_loss_last", "sigma", "drift"),
         "bridge": ("levels", "error"),
     }
     means: dict[str, Any] = {

@@ -1,20 +1,31 @@
 """Learning without labels: what the majority vote gains on a checkpoint, beside labels and beside random labels.
 
-From one supervised checkpoint three runs of equal length go out: GRPO with the labels of the training rows, UPT on
-questions whose pictures nobody has labelled, and UPT whose pseudo-labels are drawn at random from the answers of the
-group. Every stage is an ordinary command of this package; this module only chains them and compares.
+From one supervised checkpoint three runs of equal length go out, all on questions whose pictures nobody has seen
+before: GRPO, which alone gets their labels; UPT; and UPT whose pseudo-labels are drawn at random from the answers of
+the group. Every stage is an ordinary run of this package; this module only chains them, two side by side with one
+thread each, and compares.
+
+The checkpoint is that of ``mmpost demo`` with two changes, both in ``configs/demo/upt_start.yaml``. It writes its
+reading of the pictures down before it answers, in an order of its own choice: the vote over many draws of a one-word
+answer is the most likely word, which greedy decoding finds as well, and only where many readings lead to one answer can
+a majority know better. And it trains longer, with decay: below one half a vote amplifies errors, and the 160 steps of
+``mmpost demo`` end near 0.34 without a reading, where majorities are right no more often than greedy answers.
 
 What is compared is the probability of a right answer when one is drawn from the policy at the temperature of the
 training, on held-out questions: it is what all three runs are meant to raise. The accuracy of the most likely answer
-stands beside it. The answers of this task have one word, and the vote over many draws of one word is the most likely
-word: a vote cannot know better than greedy decoding here, which it could where many ways of reasoning lead to one
-answer.
+stands beside it. Settings were chosen on seed 7 and rows of ``unlabelled`` behind those that are trained on.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
+import math
+import os
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,147 +33,256 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mmpost.config.load import load
-from mmpost.config.run import GRPOConfig, SFTConfig
-from mmpost.config.upt import UPTConfig
-from mmpost.eval.stats import wilson
-from mmpost.runs.report import Stage, write_staged_report
+from mmpost.core.errors import MmpostError
+from mmpost.core.files import write_whole
 
 if TYPE_CHECKING:
     from mmpost.cli.demo import StageResult
+    from mmpost.config.load import Loaded
+    from mmpost.config.run import GRPOConfig, SFTConfig
+    from mmpost.mixture.processes import Job
 
 TASK = "demo_vqa"
-SFT_CONFIG, GRPO_CONFIG, UPT_CONFIG = "configs/demo/sft.yaml", "configs/demo/grpo.yaml", "configs/demo/upt.yaml"
-# Below one half a vote amplifies errors; the 160 steps of ``mmpost demo`` end there.
-START_STEPS = 480
-ARMS: dict[str, tuple[type[GRPOConfig], str, tuple[str, ...]]] = {
-    "grpo": (GRPOConfig, GRPO_CONFIG, ("rewards=[answer]",)),
-    "upt": (UPTConfig, UPT_CONFIG, ()),
-    "random_vote": (UPTConfig, UPT_CONFIG, ("vote.variant=random",)),
+# Configuration and further words of each stage; the first is the start of the others.
+STAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "sft": ("sft", "configs/demo/upt_start.yaml", ()),
+    "grpo": ("grpo", "configs/demo/upt_grpo.yaml", ()),
+    "upt": ("upt", "configs/demo/upt.yaml", ()),
+    "random_vote": ("upt", "configs/demo/upt.yaml", ("vote.variant=random",)),
 }
-# The same for all three, so that they differ in the reward and the rows alone.
-SHARED = ("max_steps", "learning_rate", "warmup_steps")
-SHARED_ROLLOUTS = ("num_generations", "prompts_per_step", "temperature", "top_p")
-DRAWS = 8
+ARMS = tuple(STAGES)[1:]
+DRAWS = 4
+DRAWN = "drawn.json"
+SECONDS = "seconds.json"
 NOTES = (
     "Accuracy is the probability of a right answer when one is drawn at the temperature of the training, estimated "
     f"from {DRAWS} draws per held-out question. greedy_accuracy in summary.json is that of the most likely answer.",
-    "The labels of the unlabelled rows are looked at for the curves of pseudo-labels alone; no reward gets them.",
+    "Labels of the unlabelled rows are looked at for the curves of pseudo-labels alone; no reward of UPT gets them.",
     "random_vote is the control: the same run with a pseudo-label drawn from the answers that the group has.",
 )
 
 
-def demo_upt(out: Path, seeds: list[int]) -> dict[str, Any]:
+def read_seeds(text: str) -> list[int]:
+    """Seeds from ``0,1,2``.
+
+    Raises:
+        MmpostError: MMP-C004 when they are no different whole numbers from 0 on.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words) or len({int(word) for word in words}) < len(words):
+        raise MmpostError(
+            "MMP-C004",
+            f"--seeds: expected different whole numbers from 0 on with commas between them, got '{text}'.",
+            "Write for example --seeds 0,1,2.",
+        )
+    return [int(word) for word in words]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the demo runs.
+
+    Attributes:
+        out: Folder; ``seed-N/sft``, ``grpo``, ``upt`` and ``random_vote`` in it are runs.
+        seeds: One chain of stages per seed.
+        jobs: Runs at once, one thread each.
+        words: KEY=VALUE words for all runs, for tests of the demo itself.
+        rows: Held-out questions that are drawn for; None for all.
+    """
+
+    out: Path
+    seeds: tuple[int, ...] = (0, 1, 2)
+    jobs: int = 2
+    words: tuple[str, ...] = ()
+    rows: int | None = None
+
+    def folder(self, seed: int, stage: str) -> Path:
+        """Run folder of a stage."""
+        return self.out / f"seed-{seed}" / stage
+
+
+def demo_upt(
+    out: Path, seeds: list[int], *, jobs: int = 2, words: tuple[str, ...] = (), rows: int | None = None
+) -> dict[str, Any]:
     """Run the demo and write ``summary.json`` and ``report.html``.
 
+    Runs that are there already are continued, or taken as they are; the summary depends on the work alone, not on when
+    it was interrupted. Seconds stand in a file of their own.
+
     Args:
-        out: Folder; ``sft``, ``grpo``, ``upt`` and ``random_vote`` in it are the runs of the first seed. Runs that are
-            there already are continued, or taken as they are.
-        seeds: One chain of stages per seed.
+        out: See ``Plan``; so the others.
+        seeds: See ``Plan``.
+        jobs: See ``Plan``.
+        words: See ``Plan``.
+        rows: See ``Plan``.
 
     Returns:
         The summary.
+
+    Raises:
+        MmpostError: MMP-T000 when a stage fails; its own message is repeated.
     """
-    clock = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
-    chains, greedy = [], []
-    for index, seed in enumerate(seeds):
-        found = _chain(out if index == 0 else out / f"seed-{seed}", seed)
-        greedy.append({name: float(np.mean(stage.scores)) for name, stage in found.items()})
-        for stage in found.values():
-            assert stage.folder is not None
-            stage.scores = _drawn(stage.folder)
-        chains.append(found)
-    summary = _summary(chains, greedy, seeds, time.perf_counter() - clock)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    from mmpost.runs.report import Stage, write_staged_report
+
+    plan = Plan(out, tuple(seeds), jobs, words, rows)
+    clock = time.monotonic()
+    # The start of a seed comes before its other stages; a slot that is free meanwhile takes those of earlier seeds.
+    ready: list[int] = []
+    for index in range(0, len(seeds) + plan.jobs, plan.jobs):
+        fresh = seeds[index : index + plan.jobs]
+        _run(plan, [(seed, "sft") for seed in fresh] + [(seed, arm) for seed in ready for arm in ARMS])
+        ready = list(fresh)
+    chains = [{stage: _result(plan, seed, stage) for stage in STAGES} for seed in seeds]
+    summary = summarise(chains, seeds)
+    write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_whole(out / SECONDS, f"{time.monotonic() - clock:.1f}\n")
     stages = [Stage(name, stage.folder, stage.eval_file) for name, stage in chains[0].items()]
     title = "mmpost: learning without labels"
     report = write_staged_report(stages, out / "report.html", title=title, summary=summary, notes=list(NOTES))
-    _print(summary, report)
+    _print(summary, report, time.monotonic() - clock)
     return summary
 
 
-def _chain(base: Path, seed: int) -> dict[str, StageResult]:
-    """All stages of one seed, with the scores of the most likely answers."""
-    from mmpost.cli.demo import _stage
+def _run(plan: Plan, stages: list[tuple[int, str]]) -> None:
+    """Stages side by side, each in a process of its own."""
+    from mmpost.mixture.processes import Job, Processes
 
-    words = [f"train.output_dir={base / 'sft'}", f"train.seed={seed}", f"train.max_steps={START_STEPS}"]
-    chain = {"sft": _stage(SFTConfig, SFT_CONFIG, words, base / "sft", seed)}
-    shared = load(UPTConfig, [UPT_CONFIG], []).config
-    equal = [f"train.{name}={getattr(shared.train, name)}" for name in SHARED]
-    equal += [f"grpo.{name}={getattr(shared.grpo, name)}" for name in SHARED_ROLLOUTS]
-    equal += [f"loss.kl.beta={shared.loss.kl.beta}"]
-    for name, (config_class, config, own) in ARMS.items():
-        words = [f"train.output_dir={base / name}", f"train.seed={seed}", *equal, *own]
-        words.append(f"model.model_name_or_path={base / 'sft' / 'final'}")
-        chain[name] = _stage(config_class, config, words, base / name, seed)
-    return chain
+    jobs, prints = [], {}
+    for seed, stage in stages:
+        folder = plan.folder(seed, stage)
+        beside = folder.parent / "logs"
+        command = [sys.executable, "-m", "mmpost.cli.demo_upt", "--stage", stage, "--seed", str(seed)]
+        command += ["--out", str(plan.out), *([] if plan.rows is None else ["--rows", str(plan.rows)]), *plan.words]
+        prints[folder] = _fingerprint(plan, seed, stage)
+        log, lock = beside / f"{stage}.log", beside / f"{stage}.lock"
+        jobs.append(Job(f"{stage}, seed {seed}", tuple(command), folder, log, lock, {"OMP_NUM_THREADS": "1"}))
+
+    def is_done(job: Job) -> bool:
+        file = job.folder / "eval" / DRAWN
+        # After a change of the configuration the run itself says that its folder belongs to another one.
+        return file.is_file() and json.loads(file.read_text())["work"] == prints[job.folder]
+
+    for job, code in Processes(plan.jobs, is_done).run(jobs):
+        if code:
+            lines = job.log.read_text(errors="replace").strip().splitlines() if job.log.is_file() else []
+            last = lines[-1] if lines else f"exit code {code}"
+            raise MmpostError("MMP-T000", f"{job.name} failed: {last}", f"Its output is in '{job.log}'.")
+        sys.stderr.write(f"== done: {job.name}\n")
+        sys.stderr.flush()
 
 
-def _drawn(folder: Path) -> list[float]:
-    """Share of right answers among ``DRAWS`` of each held-out question; kept in the run folder."""
+def _fingerprint(plan: Plan, seed: int, stage: str) -> str:
+    """What decides the scores of a stage."""
+    text = f"{_loaded(plan, seed, stage).config.to_yaml()}{DRAWS} {plan.rows}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _loaded(plan: Plan, seed: int, stage: str) -> Loaded[SFTConfig | GRPOConfig]:
+    from mmpost.config.load import load
+    from mmpost.mixture.run import COMMANDS
+
+    command, file, _ = STAGES[stage]
+    return load(COMMANDS[command], [file], _words(plan, seed, stage))
+
+
+def _words(plan: Plan, seed: int, stage: str) -> list[str]:
+    """Words behind the configuration file."""
+    folder = plan.folder(seed, stage)
+    words = [f"train.output_dir={folder}", f"train.seed={seed}", "log.progress=none", *STAGES[stage][2], *plan.words]
+    if stage != "sft":
+        words.append(f"model.model_name_or_path={plan.folder(seed, 'sft') / 'final'}")
+    return words
+
+
+def run_stage(plan: Plan, seed: int, stage: str) -> None:
+    """One training run and its draws: what a process of the demo does."""
+    from mmpost.api.training import Training
+    from mmpost.config.load import resolved_yaml
+
+    command, file, _ = STAGES[stage]
+    folder, loaded = plan.folder(seed, stage), _loaded(plan, seed, stage)
+    line = ["mmpost", command, file, *_words(plan, seed, stage)]
+    Training(loaded.config, command=line, config_yaml=resolved_yaml(loaded)).run()
+    found = {"work": _fingerprint(plan, seed, stage), "scores": _drawn(folder / "final", plan.rows)}
+    write_whole(folder / "eval" / DRAWN, json.dumps(found) + "\n")
+
+
+def _drawn(model_folder: Path, limit: int | None) -> list[float]:
+    """Share of right answers among ``DRAWS`` of each held-out question, drawn as in the training of ``upt``."""
     from mmpost.api.model import load_model
     from mmpost.api.rollouts import ask
+    from mmpost.config.load import load
     from mmpost.config.schema import RewardSpec
+    from mmpost.config.upt import UPTConfig
     from mmpost.core.catalog import Catalog
     from mmpost.rewards.score import resolve, score
     from mmpost.rollout.generate import Sampling
     from mmpost_tasks import TASKS
 
-    file = folder / "eval" / "drawn.json"
-    if file.is_file():
-        found: list[float] = json.loads(file.read_text())
-        return found
     task = Catalog("tasks", TASKS).get(TASK)
-    config = load(UPTConfig, [UPT_CONFIG], []).config
-    model = load_model(str(folder / "final"), peft=None)
-    rows = task.load("heldout")
-    sampling = Sampling(config.grpo.max_completion_length, config.grpo.temperature, config.grpo.top_p, seed=0)
+    section = load(UPTConfig, [STAGES["upt"][1]], []).config.grpo
+    rows = task.load("heldout", limit=limit)
+    sampling = Sampling(section.max_completion_length, section.temperature, section.top_p, seed=0)
+    model = load_model(str(model_folder), peft=None)
     groups = ask(model, rows, uids=range(len(rows)), n=DRAWS, sampling=sampling, batch_size=512)
     score(groups, resolve([RewardSpec(name=task.rewards[0])]))
-    scores = [float(np.mean([rollout.score for rollout in group.rollouts])) for group in groups]
-    partial = file.with_name(f".{file.name}")
-    partial.write_text(json.dumps(scores) + "\n")
-    partial.replace(file)
-    return scores
+    return [float(np.mean([rollout.score for rollout in group.rollouts])) for group in groups]
 
 
-def _summary(
-    chains: list[dict[str, StageResult]], greedy: list[dict[str, float]], seeds: list[int], seconds: float
-) -> dict[str, Any]:
-    """Accuracies by stage, gains over the start by paired bootstrap, and the share of the labels' gain."""
+def _result(plan: Plan, seed: int, stage: str) -> StageResult:
+    from mmpost.cli.demo import StageResult
+
+    folder = plan.folder(seed, stage)
+    scores = json.loads((folder / "eval" / DRAWN).read_text())["scores"]
+    return StageResult(scores, 0.0, folder, folder / "eval" / f"{TASK}.json")
+
+
+def _greedy(stage: StageResult) -> float:
+    lines = stage.eval_file.with_suffix(".samples.jsonl").read_text().splitlines()
+    return float(np.mean([json.loads(line)["accuracy"] for line in lines]))
+
+
+def summarise(chains: list[dict[str, StageResult]], seeds: list[int]) -> dict[str, Any]:
+    """Accuracies by stage, gains over the start by paired bootstrap, and the share of the labels' gain.
+
+    Args:
+        chains: Stages by name, per seed.
+        seeds: Of the chains.
+    """
     from mmpost.cli.demo import _gain
+    from mmpost.eval.stats import gain_ratio, wilson
 
     n = len(chains[0]["sft"].scores)
     stages: list[dict[str, Any]] = []
-    for name in chains[0]:
+    for name in STAGES:
         accuracy = float(np.mean([np.mean(chain[name].scores) for chain in chains]))
+        greedy = [_greedy(chain[name]) for chain in chains]
         stages.append(
             {
                 "name": name,
                 "accuracy": accuracy,
                 "ci": list(wilson(accuracy * n, n)),
                 "by_seed": [float(np.mean(chain[name].scores)) for chain in chains],
-                "greedy_accuracy": float(np.mean([found[name] for found in greedy])),
-                "greedy_by_seed": [found[name] for found in greedy],
-                "seconds": round(float(np.mean([chain[name].seconds for chain in chains])), 1),
+                "greedy_accuracy": float(np.mean(greedy)),
+                "greedy_by_seed": greedy,
             }
         )
-    gains = {f"{name}_minus_sft": _gain(chains, name) for name in ARMS}
-    labels = gains["grpo_minus_sft"]["mean"]
+    start, labels, votes = ([chain[name].scores for chain in chains] for name in ("sft", "grpo", "upt"))
+    share, interval = gain_ratio(start, votes, labels, seed=0)
     return {
         "task": TASK,
         "n_eval": n,
-        "seeds": seeds,
+        "draws": DRAWS,
+        "seeds": list(seeds),
         **{stage["name"]: {key: stage[key] for key in stage if key != "name"} for stage in stages},
-        **gains,
-        "share_of_grpo": gains["upt_minus_sft"]["mean"] / labels if labels else None,
+        **{f"{name}_minus_sft": _gain(chains, name) for name in ARMS},
+        # null for an end without bound, which JSON cannot write.
+        "recovered": {"share": share, "ci": interval and [end if math.isfinite(end) else None for end in interval]},
         "stages": stages,
-        "seconds": round(seconds, 1),
     }
 
 
-def _print(summary: dict[str, Any], report: Path) -> None:
+def _print(summary: dict[str, Any], report: Path, seconds: float) -> None:
     table = Table(title=f"{summary['task']}: {summary['n_eval']} held-out questions, seeds {summary['seeds']}")
     for column in ("stage", "accuracy", "95 % interval", "greedy", "minus sft", "95 % interval"):
         table.add_column(column, justify="left" if column == "stage" else "right")
@@ -175,6 +295,32 @@ def _print(summary: dict[str, Any], report: Path) -> None:
         table.add_row(*row)
     console = Console()
     console.print(table)
-    if summary["share_of_grpo"] is not None:
-        console.print(f"the vote gains {summary['share_of_grpo']:.0%} of what labels gain.")
-    console.print(f"{summary['seconds']:.0f} s in all. Report: {report}")
+    found = summary["recovered"]
+    if found["share"] is None:
+        console.print("labels gained nothing here, so there is no share of their gain.")
+    else:
+        low, high = ("no bound" if end is None else f"{end:.0%}" for end in found["ci"])
+        console.print(f"the vote gains {found['share']:.0%} of what labels gain ({low} to {high}).")
+    console.print(f"{seconds:.0f} s. Report: {report}")
+
+
+def main() -> None:
+    """One stage, as ``demo_upt`` starts it."""
+    parser = argparse.ArgumentParser(prog="python -m mmpost.cli.demo_upt", description="one stage of the demo")
+    parser.add_argument("--stage", choices=list(STAGES), required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("words", nargs="*")
+    options = parser.parse_args()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        plan = Plan(options.out, words=tuple(options.words), rows=options.rows)
+        run_stage(plan, options.seed, options.stage)
+    except MmpostError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(error.exit_code) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ from mmpost.cli.image_data import (
     AsJson,
     Bad,
     Batch,
+    CheckOption,
     CropOption,
     DataOption,
     Limit,
@@ -50,6 +51,7 @@ def train(
     codes: Annotated[str, typer.Argument(help="folder or file of mmpost tokenizer pretokenize")],
     out: Annotated[Path, typer.Option(help="run folder")],
     held_out: Annotated[str | None, typer.Option(help="codes of other images")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="the tokenizer of the codes, for samples in the report")] = None,
 ) -> None:
     """Train: mmpost generator train CODES --out RUN [--held-out CODES] [CONFIG.yaml] key=value ..."""
     from mmpost.config.load import load, resolved_yaml, split_arguments
@@ -59,18 +61,56 @@ def train(
         return
     files, overrides = split_arguments(context.args)
     loaded = load(GeneratorRunConfig, files, overrides)
-    run_training(loaded.config, codes, held_out, out, resolved_yaml(loaded))
+    run_training(loaded.config, codes, held_out, out, resolved_yaml(loaded), tokenizer=tokenizer)
 
 
-def run_training(config: Any, codes: str, held_out: str | None, out: Path, config_yaml: str) -> dict[str, Any]:
+def run_training(
+    config: Any, codes: str, held_out: str | None, out: Path, config_yaml: str, *, tokenizer: str | None = None
+) -> dict[str, Any]:
     """Train with a checked configuration; returns the summary."""
     require_extra()
     from mmpost_tokenizers.generating import train_generator
 
-    summary = train_generator(config, codes, held_out, out, config_yaml=config_yaml)
+    summary = train_generator(config, codes, held_out, out, config_yaml=config_yaml, tokenizer=tokenizer)
     say(summary, as_json=False)
-    sys.stderr.write(f"done: {out / 'final'}\n")
+    sys.stderr.write(f"done: {out / 'final'}  report: {out / 'report.html'}\n")
     return summary
+
+
+def resume_run(run: Path, *, gpus: int | None, processes: int | None) -> bool:
+    """Go on with a run of ``generator train`` or ``tokenizer posttrain``; behind ``mmpost resume``.
+
+    Returns:
+        False when the folder holds a run of another command.
+
+    Raises:
+        MmpostError: MMP-C117 when processes are asked for: both train in one.
+    """
+    from mmpost.config.load import load
+    from mmpost.core.errors import MmpostError
+    from mmpost_tokenizers.options import GeneratorRunConfig, PosttrainConfig
+
+    require_extra()
+    from mmpost_tokenizers.inputs import read_inputs
+
+    given = read_inputs(run)
+    if given is None or given.command not in ("generator train", "tokenizer posttrain"):
+        return False
+    if (gpus or 1) > 1 or (processes or 1) > 1:
+        raise MmpostError(
+            "MMP-C117", f"mmpost {given.command} runs in one process.", "Leave --gpus and --processes out."
+        )
+    config, text, paths = run / "config.yaml", (run / "config.yaml").read_text(), given.paths
+    if given.command == "generator train":
+        loaded = load(GeneratorRunConfig, [config], [])
+        more = {"tokenizer": paths.get("tokenizer")}
+        run_training(loaded.config, paths["codes"], paths.get("held_out"), run, text, **more)
+        return True
+    from mmpost.cli.tokenizer import run_posttraining
+
+    settings = load(PosttrainConfig, [config], []).config
+    run_posttraining(settings, paths["checkpoint"], paths["generator"], run, text)
+    return True
 
 
 @app.command()
@@ -78,7 +118,9 @@ def sample(
     generator: Generator,
     tokenizer: Annotated[str, typer.Option(help="the tokenizer of its codes")],
     out: Annotated[Path, typer.Option(help="folder for PNG files and codes.safetensors")],
-    classes: Annotated[str, typer.Option(help="all, or comma-separated class numbers")] = "all",
+    classes: Annotated[
+        str, typer.Option("--classes", "--class", help="all, or comma-separated names or numbers of classes")
+    ] = "all",
     per_class: Annotated[int, typer.Option(min=1, help="images of each class")] = 8,
     guidance: Scale = 2.0,
     schedule: Schedule = "constant",
@@ -110,6 +152,7 @@ def evaluate(
     limit: Limit = None,
     crop: CropOption = "center",
     quarantine: Bad = False,
+    check: CheckOption = "auto",
     features: Annotated[str, typer.Option(help="weights file, random-conv or auto")] = "auto",
     guidance: Scale = 2.0,
     schedule: Schedule = "constant",
@@ -125,7 +168,8 @@ def evaluate(
     require_extra()
     from mmpost_tokenizers.generating import evaluate_samples
 
-    images = open_data(data, image_size=image_size_of(tokenizer), split=split, limit=limit, crop=crop, bad=quarantine)
+    size = image_size_of(tokenizer)
+    images = open_data(data, image_size=size, split=split, limit=limit, crop=crop, bad=quarantine, check=check)
     results = evaluate_samples(
         generator,
         tokenizer,

@@ -17,6 +17,7 @@ Split = Annotated[str | None, typer.Option(help="split of the data")]
 Limit = Annotated[int | None, typer.Option(min=1, help="use this many images, evenly spread")]
 CropOption = Annotated[str, typer.Option(help="center or pad")]
 Bad = Annotated[bool, typer.Option("--quarantine", help="leave faulty images out instead of stopping")]
+CheckOption = Annotated[str, typer.Option("--check", help="auto, decode or header: how files are looked at first")]
 Batch = Annotated[int, typer.Option(min=1, help="images per pass")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 
@@ -77,12 +78,26 @@ def resolve(path: str) -> str | Path:
     raise MmpostError("MMP-C006", f"unknown name '{path[5:]}' among image tasks.", "Known: digits, fashion")
 
 
-def open_data(data: str, *, image_size: int, split: str | None, limit: int | None, crop: str, bad: bool) -> ImageSet:
-    """Images of a command line, without random crops."""
+def open_data(
+    data: str,
+    *,
+    image_size: int,
+    split: str | None,
+    limit: int | None,
+    crop: str,
+    bad: bool,
+    check: str = "auto",
+) -> ImageSet:
+    """Images of a command line, without random crops.
+
+    Raises:
+        MmpostError: MMP-C117 for an unknown ``crop`` or ``check``; what ``open_images`` raises.
+    """
     from mmpost_tokenizers.opening import open_images
     from mmpost_tokenizers.options import ImageSource, ImagesSection
 
-    section = ImagesSection.model_validate({"crop": crop_word(crop), "on_bad_image": "quarantine" if bad else "error"})
+    options = {"crop": crop_word(crop), "check": check_word(check), "on_bad_image": "quarantine" if bad else "error"}
+    section = ImagesSection.model_validate(options)
     images = open_images(
         [ImageSource(path=data, split=split, limit=limit)],
         section,
@@ -110,6 +125,19 @@ def crop_word(crop: str) -> str:
     if crop not in ("center", "pad"):
         raise MmpostError("MMP-C117", f"--crop {crop} is not known.", "Known: center, pad.")
     return crop
+
+
+def check_word(check: str) -> str:
+    """``auto``, ``decode`` or ``header``.
+
+    Raises:
+        MmpostError: MMP-C117.
+    """
+    from mmpost.core.errors import MmpostError
+
+    if check not in ("auto", "decode", "header"):
+        raise MmpostError("MMP-C117", f"--check {check} is not known.", "Known: auto, decode, header.")
+    return check
 
 
 def image_size_of(checkpoint: str) -> int:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmpost.cli.words import numbers, words
+
 if TYPE_CHECKING:
     from mmpost.mixture.fit import Fit
     from mmpost.mixture.suggest import Suggestions
@@ -192,28 +194,6 @@ def quality_table(fitted: Fit) -> str:
     if not fitted.signal:
         lines.append("no signal: no model beats the mean by more than one standard error")
     return "\n".join(lines) + "\n"
-
-
-def words(text: str) -> tuple[str, ...]:
-    """Names between commas."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def numbers(text: str, option: str) -> list[int]:
-    """Whole numbers between commas.
-
-    Raises:
-        MmpostError: MMP-C004.
-    """
-    from mmpost.core.errors import MmpostError
-
-    try:
-        found = [int(word) for word in words(text)]
-    except ValueError:
-        found = []
-    if not found or min(found) < 0:
-        raise MmpostError("MMP-C004", f"{option} {text!r}: expected whole numbers between commas.", "Write 0,1,2.")
-    return found
 
 
 def say(text: str) -> None:

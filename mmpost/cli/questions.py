@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -86,23 +87,35 @@ def synthesize_first(args: Sequence[str]) -> list[str]:
     """Make the questions of a UPT run before it starts, with its own model and data.
 
     Args:
-        args: Command line with ``--synthesize-questions`` or ``--synthesize-questions=MODE``.
+        args: Command line with ``--synthesize-questions`` or ``--synthesize-questions=MODE``. Words that ask for
+            several processes are for the training: the questions are made by this process before.
 
     Returns:
         The command line that trains on them.
 
     Raises:
         MmpostError: MMP-R231 without an output folder, beside which the questions are kept; MMP-R232 when no question
-            stays; and what the configuration and ``synthesize`` raise.
+            stays; MMP-R234 in one of several processes of a launcher; and what the configuration, the words about
+            processes and ``synthesize`` raise.
     """
     from mmpost.api.data import open_all
     from mmpost.api.questions import Wanted, synthesize
+    from mmpost.cli import launch
     from mmpost.rollout.generate import Sampling
 
     flag = next(word for word in args if word.split("=")[0] == FLAG)
     rest = [word for word in args if word != flag]
     mode: Any = flag.partition("=")[2] or "direct"
-    config = load(UPTConfig, *split_arguments(rest)).config
+    wanted, words = launch.split(rest)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or (wanted is not None and wanted.nnodes > 1):
+        raise MmpostError(
+            "MMP-R234",
+            f"{FLAG} makes questions in one process, but this is one of several.",
+            "Make them first with mmpost data synthesize, then train on that file; or use --gpus N, which starts the "
+            "processes of one machine afterwards.",
+        )
+    config = load(UPTConfig, *split_arguments(words)).config
+    launch.needed(wanted)  # a machine without so many devices is told now, not after the questions
     if config.train.output_dir is None:
         raise MmpostError(
             "MMP-R231",

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmpost.cli import bridge
 from mmpost.cli.image_data import (
     AsJson,
     Bad,
     Batch,
+    CheckOption,
     CropOption,
     DataOption,
     Limit,
     Split,
+    check_word,
     image_size_of,
     open_data,
     progress_line,
@@ -24,6 +27,7 @@ from mmpost.cli.image_data import (
     say,
     show_help,
 )
+from mmpost.cli.words import numbers
 
 if TYPE_CHECKING:
     from mmpost_tokenizers.images import ImageSet
@@ -99,7 +103,11 @@ def evaluate(
     limit: Limit = None,
     crop: CropOption = "center",
     quarantine: Bad = False,
+    check: CheckOption = "auto",
     features: Annotated[str, typer.Option(help="weights file, random-conv or auto")] = "auto",
+    perceptual: Annotated[
+        str, typer.Option(help="auto or features: layers of the scoring network; none; file of VGG16 for LPIPS")
+    ] = "auto",
     curves: Annotated[str | None, typer.Option(help="perturb: also a page with the score by share of tokens")] = None,
     batch_size: Batch = 64,
     as_json: AsJson = False,
@@ -113,9 +121,16 @@ def evaluate(
     require_extra()
     from mmpost_tokenizers.using import evaluate_checkpoint
 
-    images = open_data(data, image_size=image_size_of(checkpoint), split=split, limit=limit, crop=crop, bad=quarantine)
+    size = image_size_of(checkpoint)
+    images = open_data(data, image_size=size, split=split, limit=limit, crop=crop, bad=quarantine, check=check)
     results = evaluate_checkpoint(
-        checkpoint, images, features=features, batch_size=batch_size, out=out, curves=curves is not None
+        checkpoint,
+        images,
+        features=features,
+        batch_size=batch_size,
+        out=out,
+        curves=curves is not None,
+        perceptual=perceptual,
     )
     say(results, as_json=as_json, skip=("curve", "grid"))
     if out is not None:
@@ -125,11 +140,15 @@ def evaluate(
 @app.command()
 def inspect(
     checkpoint: Checkpoint,
-    data: DataOption,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="images; default: those of the checkpoint's run, else the digits that ship"),
+    ] = None,
     split: Split = None,
     limit: Limit = 512,
     crop: CropOption = "center",
     quarantine: Bad = False,
+    check: CheckOption = "auto",
     out: Annotated[Path, typer.Option(help="the page")] = Path("inspect.html"),
     as_json: AsJson = False,
 ) -> None:
@@ -137,9 +156,46 @@ def inspect(
     require_extra()
     from mmpost_tokenizers.using import inspect_checkpoint
 
-    images = open_data(data, image_size=image_size_of(checkpoint), split=split, limit=limit, crop=crop, bad=quarantine)
+    size = image_size_of(checkpoint)
+    if data is None:
+        images = images_of_run(checkpoint, size, split=split, limit=limit, bad=quarantine, check=check)
+    else:
+        images = open_data(data, image_size=size, split=split, limit=limit, crop=crop, bad=quarantine, check=check)
     say(inspect_checkpoint(checkpoint, images, out), as_json=as_json)
     sys.stderr.write(f"page: {out}\n")
+
+
+def images_of_run(
+    checkpoint: str, size: int, *, split: str | None, limit: int | None, bad: bool, check: str
+) -> ImageSet:
+    """Held-out images of a checkpoint's run, cut as there; else training images, else the digits that ship.
+
+    What was taken is said on stderr.
+    """
+    from mmpost_tokenizers.opening import open_images, pick
+    from mmpost_tokenizers.using import data_of_run
+
+    found = data_of_run(checkpoint)
+    if found is None:
+        sys.stderr.write("images: task:digits, which ships with mmpost; no run folder is around the checkpoint\n")
+        split = split or "heldout"
+        return open_data("task:digits", image_size=size, split=split, limit=limit, crop="center", bad=bad, check=check)
+    section, name = found
+    changed = {"on_bad_image": "quarantine"} if bad else {}
+    section = section.model_copy(update={**changed, "check": check_word(check)})
+    named = ", ".join(source.path for source in section.eval)
+    sys.stderr.write(f"images: {named}, {name} of the checkpoint's run\n")
+    images = open_images(
+        section.eval,
+        section,
+        size=size,
+        seed=0,
+        training=False,
+        resolve=resolve,
+        name=f"{name} of the checkpoint's run",
+        quarantine="--quarantine",
+    )
+    return pick(images, limit)
 
 
 @app.command()
@@ -151,13 +207,15 @@ def encode(
     limit: Limit = None,
     crop: CropOption = "center",
     quarantine: Bad = False,
+    check: CheckOption = "auto",
     batch_size: Batch = 64,
 ) -> None:
     """Images to codes in one file."""
     require_extra()
     from mmpost_tokenizers.using import encode_images
 
-    images = open_data(data, image_size=image_size_of(checkpoint), split=split, limit=limit, crop=crop, bad=quarantine)
+    size = image_size_of(checkpoint)
+    images = open_data(data, image_size=size, split=split, limit=limit, crop=crop, bad=quarantine, check=check)
     count, shape = encode_images(checkpoint, images, out, batch_size=batch_size)
     sys.stderr.write(f"{count} images, codes {list(shape)} each: {out}\n")
 
@@ -186,6 +244,7 @@ def pretokenize(
     limit: Limit = None,
     crop: CropOption = "center",
     quarantine: Bad = False,
+    check: CheckOption = "auto",
     batch_size: Batch = 64,
     workers: Annotated[int, typer.Option(min=0, help="processes that decode images")] = 0,
 ) -> None:
@@ -197,56 +256,14 @@ def pretokenize(
 
     tokenizer = open_tokenizer(checkpoint)
     size = source_size(tokenizer.config.image_size, crops)
-    images = open_data(data, image_size=size, split=split, limit=limit, crop=crop, bad=quarantine)
+    images = open_data(data, image_size=size, split=split, limit=limit, crop=crop, bad=quarantine, check=check)
     codes = run(images, tokenizer, out, crops=crops, batch_size=batch_size, workers=workers, progress=progress_line)
     sys.stderr.write(f"{len(codes)} images, {codes.crops} crops, codes {list(codes.layout.shape)} each: {out}\n")
 
 
-@app.command()
-def bridge(
-    vae: Annotated[str, typer.Argument(help="folder or hub id of a diffusers.AutoencoderKL")],
-    levels: Annotated[int, typer.Option(min=2, help="levels per channel")] = 64,
-    value_range: Annotated[
-        float, typer.Option("--range", help="scaled latents of +-this lie at the ends of the level axis")
-    ] = 5.0,
-    scheme: Annotated[str, typer.Option(help="gaussian (paper), uniform or lloyd")] = "gaussian",
-    mode: Annotated[str, typer.Option(help="paper: one scale; channel: shift and scale of each channel")] = "paper",
-    data: Annotated[str | None, typer.Option("--data", help="images that the scale is measured on")] = None,
-    split: Split = None,
-    limit: Limit = 1024,
-    crop: CropOption = "center",
-    quarantine: Bad = False,
-    image_size: Annotated[int | None, typer.Option(help="default: that of the VAE")] = None,
-    dims: Annotated[
-        str, typer.Option(help="auto: order channels by their low frequencies, from --data; none")
-    ] = "auto",
-    max_saturation: Annotated[float, typer.Option(help="largest share of latents beyond the levels")] = 0.01,
-    out: Annotated[Path, typer.Option(help="folder for the tokenizer")] = Path("runs/bridge"),
-    as_json: AsJson = False,
-) -> None:
-    """Discrete tokens from a continuous VAE, without training (TokenBridge)."""
-    require_extra()
-    from mmpost_tokenizers.bridging import bridge_vae
-
-    def images(size: int) -> ImageSet | None:
-        if data is None:
-            return None
-        return open_data(data, image_size=size, split=split, limit=limit, crop=crop, bad=quarantine)
-
-    results = bridge_vae(
-        vae,
-        out,
-        images=images,
-        image_size=image_size,
-        order=dims == "auto",
-        levels=levels,
-        value_range=value_range,
-        scheme=scheme,
-        mode=mode,
-        max_saturation=max_saturation,
-    )
-    say(results, as_json=as_json)
-    sys.stderr.write(f"tokenizer: {out}\n")
+app.command()(bridge.bridge)
+app.command("bridge-train", context_settings=PASS_THROUGH)(bridge.train)
+app.command("bridge-sample")(bridge.sample)
 
 
 @app.command(context_settings=PASS_THROUGH)
@@ -272,7 +289,7 @@ def run_posttraining(config: Any, checkpoint: str, generator: str, out: Path, co
 
     summary = run_posttrain(config, checkpoint, generator, out, config_yaml=config_yaml, resolve=resolve)
     say(summary, as_json=False)
-    sys.stderr.write(f"done: {out / 'final'}\n")
+    sys.stderr.write(f"done: {out / 'final'}  report: {out / 'report.html'}\n")
     return summary
 
 
@@ -288,4 +305,4 @@ def demo(
     require_extra()
     from mmpost.cli.demo_tokenizer import run_demo
 
-    run_demo(out, [int(seed) for seed in seeds.split(",")], steps=steps)
+    run_demo(out, numbers(seeds, "--seeds"), steps=steps)

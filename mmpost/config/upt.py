@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from mmpost.config.run import GRPOConfig
 from mmpost.config.schema import GrpoSection, RewardSpec, Settings
+from mmpost.core.errors import MmpostError
 
 
 class UptRollouts(GrpoSection):
@@ -67,3 +68,15 @@ class UPTConfig(GRPOConfig):
     grpo: UptRollouts = Field(default_factory=UptRollouts)
     vote: VoteSection = Field(default_factory=VoteSection)
     rewards: list[RewardSpec] = Field([], description="further rewards, which must not need labels")
+
+    @model_validator(mode="after")
+    def _a_vote_can_be_won(self) -> Self:
+        needed, votes = self.vote.min_support, self.grpo.num_generations
+        # Adaptive sampling draws further completions, which vote too.
+        if needed > votes and self.loss.preset != "reinforce_ada":
+            raise MmpostError(
+                "MMP-C004",
+                f"vote.min_support: expected at most grpo.num_generations = {votes}, got {needed}; no vote is won.",
+                f"Set vote.min_support={votes} or less, or grpo.num_generations={needed} or more.",
+            )
+        return self

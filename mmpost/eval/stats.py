@@ -53,6 +53,39 @@ def paired_bootstrap(
     return float(difference.mean()), (float(low), float(high))
 
 
+def gain_ratio(
+    start: Sequence[Sequence[float]], a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], *, seed: int
+) -> tuple[float | None, tuple[float, float] | None]:
+    """Share of the gain of b over the start that a has, and its 95 % percentile interval.
+
+    Runs and rows are drawn as in ``paired_bootstrap``, the same ones for both gains. Draws in which b gains nothing
+    count as an infinite share where a gains something, else as 0; an end of the interval may therefore be infinite.
+
+    Args:
+        start: Scores of the starting model per run and row.
+        a: Scores after one training, same runs and rows.
+        b: Scores after the training that is compared with.
+        seed: Of the resampling.
+
+    Returns:
+        None for both when b gains nothing.
+    """
+    first = np.asarray(a, dtype=np.float64) - np.asarray(start, dtype=np.float64)
+    second = np.asarray(b, dtype=np.float64) - np.asarray(start, dtype=np.float64)
+    if second.mean() <= 0:
+        return None, None
+    runs, rows = first.shape
+    rng = seeding.generator(seed, "paired_bootstrap")
+    run = rng.integers(0, runs, size=(RESAMPLES, runs, 1))
+    row = rng.integers(0, rows, size=(RESAMPLES, runs, rows))
+    gained, reference = first[run, row].mean((1, 2)), second[run, row].mean((1, 2))
+    without = np.where(gained > 0, math.inf, 0.0)
+    shares = np.where(reference > 0, gained / np.where(reference > 0, reference, 1.0), without)
+    # Not interpolated: between a number and infinity there is nothing.
+    low, high = np.quantile(shares, [0.025, 0.975], method="nearest")
+    return float(first.mean() / second.mean()), (float(low), float(high))
+
+
 def over_seeds(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
     """Mean of independent runs and its 95 % Student interval.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmpost.core.batch import Batch
-from mmpost.models import attention
+from mmpost.models import attention, towers
 
 # Float32 logits that may exist at a time, in bytes; at a vocabulary of 152,000 these are 441 positions.
 HEAD_BYTES = 256 << 20
@@ -91,6 +91,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.packs = attention.install(model)
+        towers.install(model)
 
     @property
     def inner(self) -> Any:
@@ -112,14 +113,15 @@ class Policy(nn.Module):
 
         Args:
             inputs: Arguments of the forward call, including ``position_ids``: nothing is left for the model to infer
-                from state of an earlier call.
+                from state of an earlier call. ``same_*`` name equal pictures, see ``towers``.
             plan: How the tokens attend; None for what ``inputs['attention_mask']`` says.
         """
-        if plan is None:
-            out = self.inner.base_model(**inputs, use_cache=False)
-        else:
-            with attention.planned():
-                out = self.inner.base_model(**inputs, use_cache=False, plan=plan)
+        with towers.sharing(inputs) as plain:
+            if plan is None:
+                out = self.inner.base_model(**plain, use_cache=False)
+            else:
+                with attention.planned():
+                    out = self.inner.base_model(**plain, use_cache=False, plan=plan)
         states: Tensor = out.last_hidden_state
         return states.flatten(0, 1)
 
@@ -131,10 +133,12 @@ class Policy(nn.Module):
             positions: ``[A, 1, T]`` or ``[1, T]``.
             plan: How the tokens attend.
         """
-        with attention.planned():
-            out = attention.language_model(self.model)(
-                input_ids=ids, position_ids=positions, use_cache=False, plan=plan
-            )
+        # A mask of four axes is taken as it is, so that none is made, and the plan does not look at it. Unlike
+        # ``planned`` this can be compiled.
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
+        out = attention.language_model(self.model)(
+            input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False, plan=plan
+        )
         states: Tensor = out.last_hidden_state
         return states[0]
 

@@ -58,11 +58,11 @@ def _template(*, head: str, turn: str, tail: str, prompt: str, **media: str) -> 
 
 def _qwen(
     markers: tuple[str, ...],
+    media: Mapping[str, str],
     *,
     turn: str = "<|im_start|>{{ message['role'] }}\n",
     tail: str = "<|im_end|>\n",
     named: Mapping[str, str] | None = None,
-    **media: str,
 ) -> Style:
     """Style of Qwen's chats, with the family's own media tokens behind the three that all of them have."""
     return Style(
@@ -80,19 +80,19 @@ _VL_MEDIA = {
     "image": "<|vision_start|><|image_pad|><|vision_end|>",
     "video": "<|vision_start|><|video_pad|><|vision_end|>",
 }
-QWEN2 = _qwen(_VL_TOKENS, **_VL_MEDIA)
+QWEN2 = _qwen(_VL_TOKENS, _VL_MEDIA)
 QWEN3 = _qwen(
     _VL_TOKENS,
+    # The video processor of Qwen3-VL writes start and end around every frame itself and replaces the outer pair.
+    _VL_MEDIA,
     # Qwen3 shows the result of a tool to the model as something the user says.
     turn="{% if message['role'] == 'tool' %}<|im_start|>user\n<tool_response>\n"
     "{% else %}<|im_start|>{{ message['role'] }}\n{% endif %}",
     # Jinja drops a newline right after a tag, hence the expression.
     tail="{% if message['role'] == 'tool' %}{{ '\n' }}</tool_response>{% endif %}<|im_end|>\n",
-    # The video processor of Qwen3-VL writes start and end around every frame itself and replaces the outer pair.
-    **_VL_MEDIA,
 )
-QWEN2_AUDIO = _qwen(("<|audio_bos|>", "<|audio_eos|>", "<|AUDIO|>"), audio="<|audio_bos|><|AUDIO|><|audio_eos|>")
-AUDIO_FLAMINGO = _qwen(("<sound>",), audio="<sound>")
+QWEN2_AUDIO = _qwen(("<|audio_bos|>", "<|audio_eos|>", "<|AUDIO|>"), {"audio": "<|audio_bos|><|AUDIO|><|audio_eos|>"})
+AUDIO_FLAMINGO = _qwen(("<sound>",), {"audio": "<sound>"})
 _OMNI_MEDIA = {
     "image": ("<|vision_bos|>", "<|IMAGE|>", "<|vision_eos|>"),
     "video": ("<|vision_bos|>", "<|VIDEO|>", "<|vision_eos|>"),
@@ -103,12 +103,12 @@ QWEN_OMNI = _qwen(
         *("<|vision_bos|>", "<|vision_eos|>", "<|audio_bos|>", "<|audio_eos|>"),
         *("<|IMAGE|>", "<|VIDEO|>", "<|AUDIO|>"),
     ),
+    {kind: "".join(tokens) for kind, tokens in _OMNI_MEDIA.items()},
     named={
         **{f"{kind}_token": tokens[1] for kind, tokens in _OMNI_MEDIA.items()},
         **{"vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>"},
         **{"audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"},
     },
-    **{kind: "".join(tokens) for kind, tokens in _OMNI_MEDIA.items()},
 )
 SMOLVLM = Style(
     special=(

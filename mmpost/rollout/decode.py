@@ -3,11 +3,13 @@
 ``SharedDecoder`` prefills prompts packed behind each other and keeps one copy of a prompt's keys and values for all of
 its completions, which read it as one matrix product per group. Rows that have ended leave, waiting prompts enter.
 ``CacheDecoder`` does the same work with transformers' own cache, for models that take no attention plan.
+``StaticDecoder`` in ``static`` is the ``SharedDecoder`` with tensors of fixed shapes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -24,10 +26,21 @@ from mmpost.models.policy import Policy, upcast
 GROW = 64
 
 
-class Decoder(Protocol):
-    """Rows of completions in a fixed order; new rows come last."""
+Pair = tuple[Tensor, Tensor]
 
-    refills: bool
+
+class Decoder(Protocol):
+    """Rows of completions in a fixed order; new rows come last.
+
+    Attributes:
+        keeps_cheaply: Whether ``keep`` moves nothing, so that rows should leave as soon as they have ended.
+    """
+
+    keeps_cheaply: bool
+
+    def vacant(self, room: int, n: int) -> int:
+        """Number of prompts with ``n`` completions each that may enter now, where at most ``room`` fit."""
+        ...
 
     def admit(self, prompts: Sequence[Encoded], n: int) -> Tensor:
         """Prefill prompts; logits ``[len(prompts) * n, V]`` of the first token of their new rows."""
@@ -52,56 +65,82 @@ class _Prefill(Packed):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.kept: dict[int, Pair] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         self.kept[layer] = key, value
         return super().attend(layer, query, key, value, scale)
 
 
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """Prompts that the model has read.
+
+    Attributes:
+        pairs: Keys and values of each layer, ``[K, h, P, d]``, short prompts filled behind their end.
+        lengths: Tokens of each prompt, int64 ``[K]`` on the CPU.
+        after: Position behind each prompt, likewise.
+        logits: Of the first token behind each prompt, ``[K, V]``.
+    """
+
+    pairs: dict[int, Pair]
+    lengths: Tensor
+    after: Tensor
+    logits: Tensor
+
+
+def prefill(policy: Policy, adapter: Adapter, prompts: Sequence[Encoded]) -> Prefilled:
+    """Read prompts as one sequence without padding."""
+    batch = pack_prompts(adapter, prompts).to(policy.device)
+    assert batch.segments is not None
+    plan = _Prefill(batch.segments, policy.device)
+    states = policy.hidden(batch.inputs, plan)[batch.at]
+    lengths = torch.tensor([segment.length for segment in batch.segments])
+    starts = torch.tensor([segment.start for segment in batch.segments])
+    place = torch.arange(int(lengths.max()))
+    index = torch.where(place < lengths[:, None], starts[:, None] + place, starts[:, None]).to(policy.device)
+    pairs = {layer: _pair(tensor[index].transpose(1, 2) for tensor in pair) for layer, pair in plan.kept.items()}
+    after = torch.tensor([int(prompt.positions[:, -1].max()) + 1 for prompt in prompts])
+    return Prefilled(pairs, lengths, after, policy.logits(states))
+
+
 class SharedDecoder:
     """One copy of each prompt's keys and values; rows of a group are neighbours."""
 
-    refills = True
+    keeps_cheaply = False
 
     def __init__(self, policy: Policy, adapter: Adapter) -> None:
         self.policy, self.adapter, self.device = policy, adapter, policy.device
         # Per layer: prompts [K, h, P, d] and completions [R, h, capacity, d].
-        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}
-        self.own: dict[int, tuple[Tensor, Tensor]] = {}
+        self.prompt: dict[int, Pair] = {}
+        self.own: dict[int, Pair] = {}
         empty = torch.empty(0, dtype=torch.long, device=self.device)
         self.group, self.length, self.next = empty, empty, empty
         self.prompt_length = empty
         self.capacity = 0
 
+    def vacant(self, room: int, n: int) -> int:
+        """See ``Decoder``."""
+        return room - -(-len(self.group) // n)
+
     def admit(self, prompts: Sequence[Encoded], n: int) -> Tensor:
         """See ``Decoder``."""
-        batch = pack_prompts(self.adapter, prompts).to(self.device)
-        assert batch.segments is not None
-        plan = _Prefill(batch.segments, self.device)
-        states = self.policy.hidden(batch.inputs, plan)[batch.at]
-        lengths = torch.tensor([segment.length for segment in batch.segments])
-        starts = torch.tensor([segment.start for segment in batch.segments])
-        place = torch.arange(int(lengths.max()))
-        index = torch.where(place < lengths[:, None], starts[:, None] + place, starts[:, None]).to(self.device)
+        read = prefill(self.policy, self.adapter, prompts)
         rows = len(prompts) * n
-        for layer, pair in plan.kept.items():
-            fresh = tuple(tensor[index].transpose(1, 2) for tensor in pair)
+        for layer, fresh in read.pairs.items():
             kept = self.prompt.get(layer)
             self.prompt[layer] = _pair(_stack(kept[i], fresh[i]) if kept else fresh[i].contiguous() for i in (0, 1))
-            shape = (rows, pair[0].shape[1], self.capacity, pair[0].shape[2])
             own = self.own.get(layer)
-            room = pair[0].new_zeros(shape)
+            room = fresh[0].new_zeros(rows, fresh[0].shape[1], self.capacity, fresh[0].shape[3])
             self.own[layer] = _pair(torch.cat([own[i], room]) if own else room.clone() for i in (0, 1))
         first = len(self.prompt_length)
-        self.prompt_length = torch.cat([self.prompt_length, lengths.to(self.device)])
+        self.prompt_length = torch.cat([self.prompt_length, read.lengths.to(self.device)])
         fresh_groups = torch.arange(first, first + len(prompts), device=self.device).repeat_interleave(n)
         self.group = torch.cat([self.group, fresh_groups])
         self.length = torch.cat([self.length, self.length.new_zeros(rows)])
-        after = torch.tensor([int(prompt.positions[:, -1].max()) + 1 for prompt in prompts]).repeat_interleave(n)
-        self.next = torch.cat([self.next, after.to(self.device)])
+        self.next = torch.cat([self.next, read.after.repeat_interleave(n).to(self.device)])
         self._arrange()
-        return self.policy.logits(states).repeat_interleave(n, 0)
+        return read.logits.repeat_interleave(n, 0)
 
     def advance(self, tokens: Tensor) -> Tensor:
         """See ``Decoder``."""
@@ -165,39 +204,57 @@ class SharedDecoder:
 
         Shapes as in ``attention.Plan`` with ``T = R``.
         """
-        rows, heads, width = query.shape
-        kv_heads = key.shape[1]
-        repeat = heads // kv_heads
         own_key, own_value = self.own[layer]
         if self.ragged:
             own_key[self.every, :, self.length], own_value[self.every, :, self.length] = key, value
         else:
             own_key[:, :, self.steps - 1], own_value[:, :, self.steps - 1] = key, value
-        query = query * (scale if scale is not None else width**-0.5)
-        own_key, own_value = (tensor[:, :, : self.steps].flatten(0, 1) for tensor in (own_key, own_value))
-        prompt_key, prompt_value = (tensor.flatten(0, 1) for tensor in self.prompt[layer])
-        own = torch.bmm(query.reshape(-1, repeat, width), own_key.transpose(1, 2)).unflatten(0, (rows, kv_heads))
-        grouped = query if self.full else query[self.grid]
-        grouped = grouped.view(-1, self.width, kv_heads, repeat, width).transpose(1, 2)
-        prompt = torch.bmm(grouped.reshape(-1, self.width * repeat, width), prompt_key.transpose(1, 2))
-        # [K * h, n * rep, P] -> [R, h, rep, P]
-        prompt = prompt.view(-1, kv_heads, self.width, repeat, prompt.shape[-1]).transpose(1, 2).flatten(0, 1)
-        prompt = prompt if self.full else prompt[self.place]
-        scores = upcast(torch.cat([prompt, own], -1))
-        if self.unseen is not None:
-            scores = scores.masked_fill(self.unseen, -torch.inf)
-        weights = scores.softmax(-1).to(value.dtype)
-        on_prompt, on_own = weights.split([prompt.shape[-1], self.steps], -1)
-        out = torch.bmm(on_own.reshape(-1, repeat, self.steps), own_value).view(rows, heads, width)
-        # And back: [R, h, rep, P] -> [K * h, n * rep, P]
-        on_prompt = on_prompt if self.full else on_prompt[self.grid]
-        on_prompt = on_prompt.unflatten(0, (-1, self.width)).transpose(1, 2)
-        read = torch.bmm(on_prompt.reshape(-1, self.width * repeat, prompt.shape[-1]), prompt_value)
-        read = read.view(-1, kv_heads, self.width, repeat, width).transpose(1, 2).reshape(-1, heads, width)
-        return out + (read if self.full else read[self.place])
+        query = query * (scale if scale is not None else query.shape[-1] ** -0.5)
+        own = own_key[:, :, : self.steps], own_value[:, :, : self.steps]
+        spots = None if self.full else (self.grid, self.place)
+        return read_both(query, own, self.prompt[layer], self.width, self.unseen, spots)
 
 
-def _pair(tensors: Any) -> tuple[Tensor, Tensor]:
+def read_both(
+    query: Tensor, own: Pair, prompt: Pair, width: int, unseen: Tensor | None, spots: Pair | None = None
+) -> Tensor:
+    """One token per row against its prompt and its own tokens, in one softmax; ``[R, H, d]``.
+
+    Args:
+        query: ``[R, H, d]``, scaled.
+        own: Keys and values of the rows, ``[R, h, C, d]``.
+        prompt: Those of the prompts, ``[K, h, P, d]``, each read by its rows as one matrix product.
+        width: Rows of the largest group; ``R = K * width`` without ``spots``.
+        unseen: True where a row does not look, broadcast to ``[R, h, H / h, P + C]``; None where it sees all.
+        spots: Where groups differ in size: the row at each place of the grid ``[K * width]`` (any, where there is
+            none), and the place of each row, ``[R]``.
+    """
+    rows, heads, size = query.shape
+    kv_heads, steps = own[0].shape[1:3]
+    repeat = heads // kv_heads
+    (own_key, own_value), (prompt_key, prompt_value) = (_pair(t.flatten(0, 1) for t in pair) for pair in (own, prompt))
+    on_own = torch.bmm(query.reshape(-1, repeat, size), own_key.transpose(1, 2)).unflatten(0, (rows, kv_heads))
+    grouped = query if spots is None else query[spots[0]]
+    grouped = grouped.view(-1, width, kv_heads, repeat, size).transpose(1, 2)
+    on_prompt = torch.bmm(grouped.reshape(-1, width * repeat, size), prompt_key.transpose(1, 2))
+    # [K * h, n * rep, P] -> [R, h, rep, P]
+    on_prompt = on_prompt.view(-1, kv_heads, width, repeat, on_prompt.shape[-1]).transpose(1, 2).flatten(0, 1)
+    on_prompt = on_prompt if spots is None else on_prompt[spots[1]]
+    scores = upcast(torch.cat([on_prompt, on_own], -1))
+    if unseen is not None:
+        scores = scores.masked_fill(unseen, -torch.inf)
+    weights = scores.softmax(-1).to(own_value.dtype)
+    on_prompt, on_own = weights.split([on_prompt.shape[-1], steps], -1)
+    out = torch.bmm(on_own.reshape(-1, repeat, steps), own_value).view(rows, heads, size)
+    # And back: [R, h, rep, P] -> [K * h, n * rep, P]
+    on_prompt = on_prompt if spots is None else on_prompt[spots[0]]
+    on_prompt = on_prompt.unflatten(0, (-1, width)).transpose(1, 2)
+    read = torch.bmm(on_prompt.reshape(-1, width * repeat, on_prompt.shape[-1]), prompt_value)
+    read = read.view(-1, kv_heads, width, repeat, size).transpose(1, 2).reshape(-1, heads, size)
+    return out + (read if spots is None else read[spots[1]])
+
+
+def _pair(tensors: Any) -> Pair:
     first, second = tensors
     return first, second
 
@@ -218,15 +275,20 @@ def _lengthen(tensor: Tensor, length: int) -> Tensor:
 class CacheDecoder:
     """transformers' cache: prompts padded on the left, prefilled once, then copied for every completion."""
 
-    refills = False
+    keeps_cheaply = False
 
     def __init__(self, policy: Policy, adapter: Adapter) -> None:
         self.policy, self.adapter = policy, adapter
+        self.cache: Any = None
+
+    def vacant(self, room: int, n: int) -> int:
+        """See ``Decoder``; all prompts at once, because the cache has one length."""
+        return room if self.cache is None else 0
 
     def admit(self, prompts: Sequence[Encoded], n: int) -> Tensor:
         """See ``Decoder``; once only."""
         batch = self.adapter.collate(prompts, left=True).to(self.policy.device)
-        self.cache: Any = DynamicCache(config=self.policy.inner.config.get_text_config())
+        self.cache = DynamicCache(config=self.policy.inner.config.get_text_config())
         out = self.policy.inner.base_model(**batch.inputs, past_key_values=self.cache, use_cache=True)
         self.cache.batch_repeat_interleave(n)
         self.attend = batch.inputs["attention_mask"].repeat_interleave(n, 0)

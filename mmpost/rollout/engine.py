@@ -16,10 +16,12 @@ from mmpost.config.schema import RolloutSection
 from mmpost.core import seeding
 from mmpost.core.batch import Encoded
 from mmpost.core.catalog import Catalog
+from mmpost.core.errors import MmpostError
 from mmpost.core.rollout import Rollout
 from mmpost.core.sample import Sample
 from mmpost.models.policy import Policy
 from mmpost.rollout.generate import Sampling, complete
+from mmpost.rollout.static import StaticDecoder, usable
 
 # Name in ``rollout.engine`` (and ``vllm_mode``) to the class; nothing is imported before it is asked for.
 ENGINES = {
@@ -125,13 +127,26 @@ def open_engine(setup: Setup) -> Engine:
 
 
 class NativeEngine:
-    """The trainer's own decode loop; draws depend on (seed, prompt, generation, position) alone."""
+    """The trainer's own decode loop; draws depend on (seed, prompt, generation, position) alone.
+
+    Raises:
+        MmpostError: MMP-C067 for ``rollout.compile=true`` without ``rollout.cache=static``; later MMP-E066 when the
+            model cannot be compiled.
+    """
 
     name = "native"
     exact = True
 
     def __init__(self, setup: Setup) -> None:
         self.policy, self.adapter, self.batch_size = setup.policy, setup.adapter, setup.batch_size
+        self.section = setup.section
+        if self.section.compile is True and self.section.cache == "dynamic":
+            raise MmpostError(
+                "MMP-C067",
+                "rollout.compile is true, but with rollout.cache=dynamic the shapes change at every token.",
+                "Set rollout.cache=static.",
+            )
+        self.static: StaticDecoder | None = None
         self.version: int | None = None
         self.unknown = 0
 
@@ -148,7 +163,17 @@ class NativeEngine:
             sampling=sampling,
             batch_size=self.batch_size,
             first_generation=first_generation,
+            static=self._decoder(),
         )
+
+    def _decoder(self) -> StaticDecoder | None:
+        """The decoder of fixed shapes, where it is asked for and the model can use it."""
+        if self.section.cache == "static" and (self.static is None or self.static.policy is not self.policy):
+            if not usable(self.policy):
+                self.section = self.section.model_copy(update={"cache": "dynamic"})
+                return None
+            self.static = StaticDecoder(self.policy, self.adapter, self.section.compile)
+        return self.static
 
     def sync(self, policy: Policy, version: int) -> None:
         """See ``Engine``; the weights are the trainer's own already."""
@@ -156,6 +181,7 @@ class NativeEngine:
 
     def close(self) -> None:
         """See ``Engine``."""
+        self.static = None
 
 
 def first_of_each(first_generation: Sequence[int] | int, count: int) -> list[int]:

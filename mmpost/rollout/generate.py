@@ -19,7 +19,8 @@ from mmpost.core.batch import Encoded
 from mmpost.core.protocols import Adapter
 from mmpost.core.rollout import Rollout
 from mmpost.models.policy import Policy
-from mmpost.rollout.decode import open_decoder
+from mmpost.rollout.decode import Decoder, open_decoder
+from mmpost.rollout.static import StaticDecoder
 
 # Rows that have ended leave the batch once they are this share of it; below, copying the cache costs more.
 COMPACT_SHARE = 0.25
@@ -52,6 +53,7 @@ def complete(
     sampling: Sampling,
     batch_size: int,
     first_generation: Sequence[int] | int = 0,
+    static: StaticDecoder | None = None,
 ) -> list[list[Rollout]]:
     """Sample ``n`` completions of each prompt.
 
@@ -64,6 +66,7 @@ def complete(
         sampling: Length, temperature, nucleus, seed.
         batch_size: Completions decoded together.
         first_generation: Number of each prompt's first completion, when it has been completed before.
+        static: Decodes in tensors of fixed shapes; None takes the fastest decoder whose shapes follow the rows.
 
     Returns:
         Rollouts per prompt in generation order. ``logp`` is that of the sampled token under the policy at the
@@ -76,22 +79,33 @@ def complete(
     try:
         with torch.no_grad():
             rows = _Rows(adapter, keys, sampling, policy.device)
-            _decode(policy, adapter, prompts, n, rows, max(1, batch_size // n))
+            room = max(1, batch_size // n)
+            if static is not None and prompts:
+                static.begin(prompts, n, room, sampling.max_new_tokens)
+            _decode(policy, adapter, prompts, n, rows, room, static)
     finally:
         policy.train(was_training)
     done = rows.rollouts()
     return [done[i : i + n] for i in range(0, len(done), n)]
 
 
-def _decode(policy: Policy, adapter: Adapter, prompts: Sequence[Encoded], n: int, rows: _Rows, room: int) -> None:
+def _decode(
+    policy: Policy,
+    adapter: Adapter,
+    prompts: Sequence[Encoded],
+    n: int,
+    rows: _Rows,
+    room: int,
+    static: StaticDecoder | None,
+) -> None:
     """Run all prompts, ``room`` of them at a time; a prompt enters when the rows of others have ended."""
     waiting = deque(range(len(prompts)))
     live = np.empty(0, dtype=np.int64)
     while waiting or len(live):
         if not len(live):
-            decoder = open_decoder(policy, adapter)
-        free = room - -(-len(live) // n)
-        if waiting and free and (decoder.refills or not len(live)):
+            decoder: Decoder = open_decoder(policy, adapter) if static is None else static.emptied()
+        free = decoder.vacant(room, n)
+        if waiting and free > 0:
             entering = [waiting.popleft() for _ in range(min(free, len(waiting)))]
             logits = decoder.admit([prompts[i] for i in entering], n)
             fresh = (np.asarray(entering)[:, None] * n + np.arange(n)).ravel()
@@ -102,7 +116,7 @@ def _decode(policy: Policy, adapter: Adapter, prompts: Sequence[Encoded], n: int
         ended = rows.ended[live]
         if ended.all():
             live = live[:0]
-        elif ended.mean() > COMPACT_SHARE:
+        elif ended.any() and (decoder.keeps_cheaply or ended.mean() > COMPACT_SHARE):
             decoder.keep(torch.from_numpy((~ended).nonzero()[0]))
             live = live[~ended]
 

@@ -27,6 +27,8 @@ KNOWN = (
     ("entropy", "Entropy", "nats per token under the sampling policy"),
     ("kl", "KL to the start", "nats per token"),
     ("logp_gap", "Rollout against trainer", "mean absolute difference of token log-probabilities"),
+    ("logp_gap_p99", "Rollout against trainer, tail", "absolute difference that 99 % of the tokens keep"),
+    ("logp_gap_max", "Rollout against trainer, largest", "largest absolute difference of a token"),
     ("clip_share", "Clipped share", "share of tokens outside the clip range"),
     ("grad_norm", "Gradient norm", "before clipping"),
     ("lr", "Learning rate", ""),

@@ -27,7 +27,7 @@ class Journal:
         pieces: Finished pieces in order, plain JSON.
 
     Raises:
-        MmpostError: MMP-R226 when the file belongs to other work.
+        MmpostError: MMP-R226 when the file belongs to other work, MMP-R233 when a line of it is damaged.
     """
 
     def __init__(self, path: Path, work: Mapping[str, Any]) -> None:
@@ -46,11 +46,13 @@ class Journal:
         whole = data[: data.rfind(b"\n") + 1]
         self._size = len(whole)
         # Not splitlines: a text may hold other line ends, such as U+2028, which JSON leaves as they are.
-        lines = whole.decode().split("\n")[:-1]
+        lines = whole.split(b"\n")[:-1]
         if not lines:
             self._append(self._work)
             return
-        before = json.loads(lines[0])
+        before, *pieces = [self._value(number, line) for number, line in enumerate(lines, start=1)]
+        if not isinstance(before, dict):
+            raise self._damaged(1)
         if before != self._work:
             names = [key for key in {**before, **self._work} if before.get(key) != self._work.get(key)]
             raise MmpostError(
@@ -58,7 +60,21 @@ class Journal:
                 f"'{self.path}' holds work with other options: {', '.join(names)}.",
                 "Repeat the earlier command, delete that file, or choose another output.",
             )
-        self.pieces = [json.loads(line) for line in lines[1:]]
+        self.pieces = pieces
+
+    def _value(self, number: int, line: bytes) -> Any:
+        try:
+            return json.loads(line.decode())
+        except ValueError as error:  # of the encoding, or of the JSON
+            raise self._damaged(number) from error
+
+    def _damaged(self, number: int) -> MmpostError:
+        """A kill cuts off the last line only; this one was changed by something else."""
+        if number == 1:
+            fix = "Delete that file; the same command works everything off anew."
+        else:
+            fix = f"Delete line {number} and all lines after it; the same command works these pieces off anew."
+        return MmpostError("MMP-R233", f"'{self.path}', line {number}: damaged, expected a line of JSON.", fix)
 
     def _append(self, value: Any) -> None:
         line = json.dumps(value, ensure_ascii=False) + "\n"

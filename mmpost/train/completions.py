@@ -15,6 +15,7 @@ import numpy as np
 
 from mmpost.config.schema import GrpoSection, RolloutSection
 from mmpost.core import seeding
+from mmpost.core.batch import Encoded
 from mmpost.core.protocols import Adapter
 from mmpost.core.rollout import Group, Rollout
 from mmpost.models.policy import Policy
@@ -28,7 +29,7 @@ from mmpost.train.desk import RolloutDesk
 from mmpost.train.distributed import Processes
 from mmpost.train.draw import Candidate
 from mmpost.train.method import Method, Scored
-from mmpost.train.rows import Row, RowStream, Update
+from mmpost.train.rows import Drawn, Row, RowStream, Update
 from mmpost.train.sources import sample_record
 
 LogProbs = Callable[[Sequence[Row]], list[np.ndarray]]
@@ -143,6 +144,7 @@ class Completions:
             num_generations=self.section.num_generations,
             labels=self.labels,
             blind=self.blind,
+            scramble=self._scrambled,
         )
         # An engine that runs the policy itself needs all of its weights here; others have their own copy.
         with self.processes.whole(self.policy) if self.engine.exact else contextlib.nullcontext():
@@ -158,6 +160,11 @@ class Completions:
     def _sample(self, prompts: Sequence[Prompt], n: int, first: Sequence[int]) -> list[list[Rollout]]:
         with self.processes.autocast():
             return self.engine.complete(prompts, n=n, sampling=self.sampling, first_generation=first)
+
+    def _scrambled(self, drawn: Drawn) -> Encoded | None:
+        """The prompt with its frames in an order that belongs to its number in the run."""
+        random = seeding.generator(self.seed, "scrambled", drawn.uid)
+        return self.adapter.encode_scrambled(drawn.sample.prompt(), random)
 
     def _demonstrations(self, candidates: Sequence[Candidate]) -> list[Rollout | None]:
         """Demonstrations of the prompts, scored where the method counts them in; None where there is none."""
@@ -183,7 +190,7 @@ class Completions:
         scored = Scored(
             candidate.uid,
             prompt.source,
-            tuple(self.scores(Group(prompt, rollouts, candidate.uid))),
+            tuple(self.scores(Group(prompt, rollouts, candidate.uid, candidate.group.notes))),
             tuple(len(rollout.tokens) for rollout in rollouts),
             tuple(rollout.truncated for rollout in rollouts),
             # A completion without a score says nothing about how often the policy is right.
@@ -202,7 +209,7 @@ class Completions:
             scores = [scores[i] for i in order]
         for shape in self.shapes:
             rollouts = [dataclasses.replace(r, score=s) for r, s in zip(group.rollouts, scores, strict=True)]
-            scores = shape(Group(group.prompt, rollouts, group.uid))
+            scores = shape(Group(group.prompt, rollouts, group.uid, group.notes))
         return scores
 
     def _advantages(self, mine: Sequence[Scored]) -> dict[int, np.ndarray]:

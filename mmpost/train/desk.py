@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mmpost.core.batch import Encoded
 from mmpost.core.rollout import Group, Rollout
 from mmpost.rewards import score as reward_score
 from mmpost.rewards.call import Reward
@@ -24,6 +25,9 @@ from mmpost.train.votes import Vote, summary, votes_of
 # Prompts, completions of each, and the number of each prompt's first completion.
 Sample = Callable[[Sequence[Prompt], int, Sequence[int]], list[list[Rollout]]]
 
+# Completions of scrambled prompts are numbered from here, so that they share no random draw with the others.
+SCRAMBLED_FROM = 1 << 20
+
 
 class RolloutDesk:
     """The desk of one rollout batch.
@@ -36,6 +40,7 @@ class RolloutDesk:
         num_generations: Completions per prompt of a step.
         labels: Columns of the data that hold labels, with which votes are compared in the log.
         blind: No reward gets these columns.
+        scramble: A prompt with its frames in a random order, or None for one without frames.
 
     Attributes:
         prompts_wanted: Prompts of a step over all processes.
@@ -53,8 +58,10 @@ class RolloutDesk:
         num_generations: int,
         labels: Sequence[str] = (),
         blind: bool = False,
+        scramble: Callable[[Drawn], Encoded | None] = lambda drawn: None,
     ) -> None:
         self.stream, self.rewards, self.processes = stream, rewards, processes
+        self._scramble = scramble
         self.labels, self._hidden = labels, labels if blind else ()
         self.prompts_wanted, self.num_generations = stream.count, num_generations
         self._sample = sample
@@ -101,6 +108,27 @@ class RolloutDesk:
             self._votes[candidate.uid] = votes_of(group.notes, group.prompt.columns, self.labels)
         self.seconds["rollout"] += sampled - clock
         self.seconds["reward"] += time.perf_counter() - sampled
+
+    def scrambled(self, candidates: Sequence[Candidate], n: int) -> list[list[Rollout]]:
+        """See ``Desk``; these completions are in no count of ``metrics``."""
+        clock = time.perf_counter()
+        encoded = [self._scramble(candidate.drawn) for candidate in candidates]
+        places = [place for place, prompt in enumerate(encoded) if prompt is not None]
+        chosen = [(candidates[place], prompt) for place, prompt in enumerate(encoded) if prompt is not None]
+        fresh = self._sample(
+            [Prompt(prompt, candidate.uid, candidate.drawn.sample) for candidate, prompt in chosen],
+            n,
+            [SCRAMBLED_FROM] * len(chosen),
+        )
+        groups = [Group(c.drawn.sample, rollouts, c.uid) for (c, _), rollouts in zip(chosen, fresh, strict=True)]
+        sampled = time.perf_counter()
+        reward_score.score(groups, self.rewards, hidden=self._hidden)
+        self.seconds["rollout"] += sampled - clock
+        self.seconds["reward"] += time.perf_counter() - sampled
+        out: list[list[Rollout]] = [[] for _ in candidates]
+        for place, group in zip(places, groups, strict=True):
+            out[place] = group.rollouts
+        return out
 
     def gather(self, values: Sequence[Any]) -> list[Any]:
         """Small values of all processes, one list."""

@@ -80,6 +80,13 @@ class Desk(Protocol):
         """Add ``n`` completions with their rewards to each candidate of this process."""
         ...
 
+    def scrambled(self, candidates: Sequence[Candidate], n: int) -> list[list[Rollout]]:
+        """``n`` scored completions of each prompt with its frames in a random order, of no group; none without frames.
+
+        Candidates do not change.
+        """
+        ...
+
     def gather(self, values: Sequence[Any]) -> list[Any]:
         """Small values of all processes, one list."""
         ...

@@ -23,6 +23,7 @@ from mmpost.train import estimator
 from mmpost.train.distributed import Processes
 from mmpost.train.estimator import Counts
 from mmpost.train.method import Method
+from mmpost.train.mismatch import GAP_BINS, gap_counts, gap_quantile
 from mmpost.train.parts import Parts, terms
 from mmpost.train.positions import Positions
 from mmpost.train.rows import Row, Update
@@ -112,15 +113,16 @@ class Learner:
         Returns:
             Means over the step: ``nll``, ``entropy``, ``kl``, ``removed`` (share that went too far for a stabiliser),
             ``removed/NAME`` of each of several, ``lost`` (share without a finite log-probability of the engine),
-            ``gap`` to the engine and ``demo_nll``, per position they are about, NaN without any; ``objective`` and
-            ``surrogate`` of the step; ``positions`` and ``grad_norm``. Nothing is updated when the gradient norm is
+            ``gap`` to the engine and ``demo_nll``, per position they are about, NaN without any; ``gap_p99`` and
+            ``gap_max``, at most 6 % too large; ``objective`` and ``surrogate`` of the step; ``positions`` and
+            ``grad_norm``. Nothing is updated when the gradient norm is
             not finite.
         """
         packs = self.processes.unwrap(self.policy).packs
         batches = micro_batches(work.rows if packs else by_length(work.rows), self.micro_batch, self.tokens)
         step = self._measure(work, batches, progress)
         steps = self.processes.max(len(batches))
-        sums = torch.zeros(len(SUMS) + len(self._names()) + 1, dtype=torch.float64)
+        sums = torch.zeros(len(SUMS) + len(self._names()) + 1 + GAP_BINS, dtype=torch.float64)
         self.policy.train()
         self.optimizer.zero_grad(set_to_none=True)
         for index in range(steps):
@@ -170,6 +172,7 @@ class Learner:
 
     def _report(self, sums: Sequence[float]) -> dict[str, float]:
         """Means from sums over all processes."""
+        sums, counts = sums[:-GAP_BINS], sums[-GAP_BINS:]
         positions, shares = sums[-1], sums[len(SUMS) : -1]
         found = dict(zip(SUMS, sums, strict=False))
         # Without any position (all advantages zero) there is no mean to report; 0 would read as a collapse.
@@ -178,6 +181,7 @@ class Learner:
         # These two are sums of already weighted positions, not means.
         report |= {"objective": found["objective"], "surrogate": found["surrogate"]}
         report["gap"] = found["gap"] / (found["compared"] or nan)
+        report |= {"gap_p99": gap_quantile(counts, 0.99), "gap_max": gap_quantile(counts, 1.0)}
         report["demo_nll"] = found["demo_nll"] / (found["demos"] or nan)
         names = self._names()
         if len(names) > 1:
@@ -207,7 +211,7 @@ class Learner:
         # DDP averages gradients over processes; the counts are global already, so the average is undone. A pass that
         # only keeps processes in step has a gradient of exactly 0.
         self.processes.backward(loss * (self.processes.world if active else 0.0))
-        size = len(SUMS) + len(said.shares) + 1
+        size = len(SUMS) + len(said.shares) + 1 + GAP_BINS
         if not active:
             return torch.zeros(size, dtype=torch.float64)
         nll, is_demo = -every.logp, demo.to(logp.dtype)
@@ -216,7 +220,8 @@ class Learner:
             *(nll.sum(), entropy.detach().sum(), objective, loss.detach(), said.kl, said.clipped, *gap),
             *((nll * is_demo).sum(), is_demo.sum(), *said.shares, torch.tensor(len(logp))),
         )
-        return torch.stack([value.double().cpu() for value in values])
+        counts = gap_counts(every, ~demo).cpu()
+        return torch.cat([torch.stack([value.double().cpu() for value in values]), counts])
 
     def _coefficients(self, every: Positions, demo: Tensor, step: _Step) -> _Said:
         """What the parts of both kinds of rows say about the positions of a micro-batch."""

@@ -94,7 +94,8 @@ class Loop:
         self.output, self.likelihood, self.evaluate, self.eval_steps = output, likelihood, evaluate, eval_steps
         self.state = State()
         half = _runs_in_half(model, processes)
-        self.diagnosis = Diagnosis(self.state.diagnosis, half=half, max_grad_norm=train.max_grad_norm)
+        exact = getattr(getattr(source, "engine", None), "exact", True)
+        self.diagnosis = Diagnosis(self.state.diagnosis, half=half, max_grad_norm=train.max_grad_norm, exact=exact)
         self._stop = False
         self._dropped = 0
         self._saved: int | None = None
@@ -186,6 +187,7 @@ class Loop:
         else:
             values = {"loss": -metrics["objective"], "surrogate": metrics["surrogate"]}
             values |= {"clip_share": metrics["removed"], "logp_gap": metrics["gap"]}
+            values |= {f"logp_gap_{name}": metrics[f"gap_{name}"] for name in ("p99", "max")}
             values |= {name: metrics[name] for name in metrics if name.startswith("removed/") or name == "demo_nll"}
             if metrics["lost"]:
                 values["engine_lost"] = metrics["lost"]
@@ -206,7 +208,7 @@ class Loop:
             seen = {"grad_norm": seen["grad_norm"]} if "grad_norm" in seen else {}
         elif not is_first:
             # The policy has moved since the rollout, so that its distance from the engine is no fault.
-            seen = {name: value for name, value in seen.items() if name != "logp_gap"}
+            seen = {name: value for name, value in seen.items() if not name.startswith("logp_gap")}
         for finding in self.diagnosis.feed(seen):
             self._event("diagnosis", str(finding))
 

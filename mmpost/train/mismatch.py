@@ -10,6 +10,7 @@ Sources: truncated importance sampling as in IMPALA, arXiv 1802.01561, and the m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -28,6 +29,10 @@ LIMITS: dict[str, tuple[float, float]] = {
     "seq_mask": (3.0, 0.0),
     "geo_reject": (1.001, 0.999),
 }
+# Distances are counted in bins, whose counts add up over micro-batches and processes as the values themselves do not:
+# 40 per decade from 1e-9 to 100 nats, so that a quantile is at most 6 % too large.
+GAP_LOWEST, GAP_DECADES, GAP_PER_DECADE = 1e-9, 11, 40
+GAP_BINS = GAP_DECADES * GAP_PER_DECADE + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +83,43 @@ class Mismatch:
         inside = (omega >= low) & (omega <= cap)
         kept = torch.ones_like(omega) if self.mode == "geo_reject" else omega
         return torch.where(inside, kept, torch.zeros_like(kept))
+
+
+def gap_counts(p: Positions, sampled: Tensor) -> Tensor:
+    """How many positions of a micro-batch are how far from the engine.
+
+    Args:
+        p: Positions; without ``engine`` nothing is counted, nor is a position where it is not finite.
+        sampled: bool ``[M]``, False on demonstrations.
+
+    Returns:
+        float64 ``[GAP_BINS]``: counts by |log-probability here - the engine's|; the last bin is open.
+    """
+    if p.engine is None:
+        return torch.zeros(GAP_BINS, dtype=torch.float64, device=p.logp.device)
+    gap = (p.logp - p.engine).abs()[p.engine.isfinite() & sampled].double()
+    # A policy that is not finite is as far away as can be.
+    gap = gap.nan_to_num(nan=1e9, posinf=1e9)
+    steps = ((gap / GAP_LOWEST).clamp(min=1).log10() * GAP_PER_DECADE).ceil().long()
+    return torch.bincount(steps.clamp(max=GAP_BINS - 1), minlength=GAP_BINS).double()
+
+
+def gap_quantile(counts: Sequence[float], share: float) -> float:
+    """The distance, in nats, that so large a share of the positions does not exceed; NaN without any.
+
+    Args:
+        counts: Sum of ``gap_counts`` over micro-batches and processes.
+        share: In (0, 1]; 1 is the largest distance.
+
+    Returns:
+        The upper edge of the bin of that position: at most 6 % too large, never too small below 100 nats; 0 where it
+        is at most 1e-9.
+    """
+    left = share * sum(counts)
+    if not left:
+        return float("nan")
+    for step, count in enumerate(counts):
+        left -= count
+        if left <= 1e-9:
+            return GAP_LOWEST * 10 ** (step / GAP_PER_DECADE) if step else 0.0
+    return GAP_LOWEST * 10.0**GAP_DECADES

@@ -27,17 +27,24 @@ question that repeats an earlier one of the split, in words and pictures, is dra
 
 ``heldout`` and ``unlabelled`` are always the same rows; ``seed`` recomposes ``train`` only. Rows of ``unlabelled``
 carry their answer too, to measure label-free training against it; train on them through ``Sample.prompt``.
+
+``TASK_READING`` is the same task, but its demonstrations write down what they read before they answer, one picture
+after the other in an order that is drawn by row: ``R3L9<answer>12</answer>`` reads 3 on the right, then 9 on the left;
+of pieces to count, 1 is a shoe and 0 another piece (``M0R1L1<answer>2</answer>``); of a single picture the name stands
+alone. Where several readings lead to one answer, a vote over answers can know more than the most likely reading.
+
 Pictures never cross splits, see ``mmpost_tasks.tiles``. Draws use ``mmpost.core.seeding.uniform``, whose arithmetic
 cannot change with a library; the bytes of a PNG may differ between builds of zlib, its pixels do not.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TypeVar
 
 import numpy as np
@@ -162,7 +169,9 @@ KINDS = (
 )
 
 
-def load(split: str, *, limit: int | None = None, seed: int = 0, tile_px: int = 28) -> list[Sample]:
+def load(
+    split: str, *, limit: int | None = None, seed: int = 0, tile_px: int = 28, reading: bool = False
+) -> list[Sample]:
     """Questions of one split; see ``Load`` for the arguments.
 
     Args:
@@ -170,6 +179,7 @@ def load(split: str, *, limit: int | None = None, seed: int = 0, tile_px: int = 
         limit: Rows from the start; None gives 6,000, 2,000 or 1,000. Kinds take turns: a prefix is balanced.
         seed: Composition of ``train``; ignored by the other splits.
         tile_px: Side of one picture. Images are ``tile_px`` high and 1 to 3 times as wide.
+        reading: Demonstrations write down what they read before they answer.
 
     Raises:
         MmpostError: MMP-C006 for an unknown split.
@@ -177,10 +187,10 @@ def load(split: str, *, limit: int | None = None, seed: int = 0, tile_px: int = 
     tiles.known(split, tuple(ROWS), "splits of demo_vqa")
     count = ROWS[split] if limit is None else limit
     fixed_seed = seed if split == "train" else 0
-    return list(_rows(split, count, fixed_seed, tile_px))
+    return list(_rows(split, count, fixed_seed, tile_px, reading=reading))
 
 
-def _rows(split: str, count: int, seed: int, tile_px: int) -> Iterator[Sample]:
+def _rows(split: str, count: int, seed: int, tile_px: int, *, reading: bool) -> Iterator[Sample]:
     first = _uniforms(split, seed, np.arange(count)[:, None], 0)  # at once: row by row it would take longer than PNG
     pixels = {domain: tiles.scaled(domain, split, tile_px) for domain in tiles.LABELS}
     seen: set[tuple[str, tuple[str, ...]]] = set()
@@ -206,7 +216,9 @@ def _rows(split: str, count: int, seed: int, tile_px: int) -> Iterator[Sample]:
             "pictures": list(pictures),
         }
         origin = f"task:demo_vqa/{split}:{row + 1}"
-        yield Sample(f"{split}-{seed}-{row + 1}", _turns(image, question), columns, origin)
+        order = uniform(seed, f"demo_vqa/{split}/reading", row, np.arange(3))
+        turns = _turns(image, question, _read_aloud(question, kind, order) if reading else "")
+        yield Sample(f"{split}-{seed}-{row + 1}", turns, columns, origin)
 
 
 def _uniforms(split: str, seed: int, rows: int | np.ndarray, attempt: int) -> np.ndarray:
@@ -220,16 +232,26 @@ def _target(kind: QuestionKind, split: str, seed: int, turn: int) -> str:
     return kind.targets[_block_order(kind.name, len(kind.targets), split, seed, block)[place]]
 
 
-@cache
+@functools.cache
 def _block_order(kind_name: str, size: int, split: str, seed: int, block: int) -> tuple[int, ...]:
     keys = uniform(seed, f"demo_vqa/{split}/{kind_name}", block, np.arange(size))
     return tuple(np.argsort(keys, kind="stable").tolist())
 
 
-def _turns(image: np.ndarray, question: Question) -> tuple[Turn, Turn]:
-    """The question under its image, uint8 ``[height, width]``, and the answer in tags."""
+def _read_aloud(question: Question, kind: QuestionKind, uniforms: np.ndarray) -> str:
+    """What the pictures show, one after the other in ascending order of their numbers in [0, 1)."""
+    count = len(question.labels)
+    if count == 1:
+        return question.labels[0]
+    said = [str(int(label in SHOES)) for label in question.labels] if kind.name == "count" else question.labels
+    places = "LR" if count == 2 else "LMR"
+    return "".join(f"{places[piece]}{said[piece]}" for piece in np.argsort(uniforms[:count], kind="stable"))
+
+
+def _turns(image: np.ndarray, question: Question, reading: str = "") -> tuple[Turn, Turn]:
+    """The question under its image, uint8 ``[height, width]``, and the answer in tags behind the reading."""
     shown, asked = Part("image", ref=_png(image)), Part("text", question.text)
-    answer = Part("text", f"<answer>{question.solution}</answer>")
+    answer = Part("text", f"{reading}<answer>{question.solution}</answer>")
     return Turn("user", (shown, asked)), Turn("assistant", (answer,))
 
 
@@ -258,4 +280,11 @@ TASK = Task(
         "Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits, UCI, doi:10.24432/C50P49; "
         "Xiao, Rasul and Vollgraf 2017, Fashion-MNIST, arXiv:1708.07747"
     ),
+)
+
+TASK_READING = dataclasses.replace(
+    TASK,
+    name="demo_vqa_reading",
+    description="demo_vqa, with demonstrations that write down what they read before they answer",
+    load=functools.partial(load, reading=True),
 )

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from mmpost.cli import run
 
@@ -51,10 +53,22 @@ def test_perturbation_makes_tokenizers_robust_in_each_pair(summary: dict[str, An
     for base, perturbed in pairs:
         assert base["extractor"] == perturbed["extractor"]
         assert perturbed["pfd"] < base["pfd"]
-    assert summary["perturbed"]["rfd"] < 1.1 * summary["baseline"]["rfd"]
+
+
+def test_perturbation_costs_no_rfd(summary: dict[str, Any]) -> None:
+    """The 95 % interval of the mean ratio over seeds lies between 0.7 and 1.1.
+
+    The paper's rFID gets a little worse (0.91 to 1.02). At this size and beta 0.5 it gets better (measured: 0.85,
+    interval 0.79 to 0.91, while the squared error rises by 8 %), so "within a tenth" can hold on one side only.
+    """
+    logs = np.log([chain["perturbed"]["rfd"] / chain["baseline"]["rfd"] for chain in summary["by_seed"]])
+    half = stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs))
+    low, high = np.exp(logs.mean() - half), np.exp(logs.mean() + half)
+    assert 0.7 < low < high < 1.1, (low, high)
 
 
 def test_share_of_changed_tokens(summary: dict[str, Any]) -> None:
+    assert len({chain["changed"]["share"] for chain in summary["by_seed"]}) == len(SEEDS)
     for chain in summary["by_seed"]:
         found = chain["changed"]
         assert abs(found["share"] - found["expected"]) < found["half_width_99"]
@@ -69,7 +83,11 @@ def test_generator_predicts_codes_and_shows_classes(summary: dict[str, Any]) -> 
 
 def test_held_out_pair_loss_falls(summary: dict[str, Any]) -> None:
     for chain in summary["by_seed"]:
-        assert chain["posttrain"]["pair_loss_after"] < chain["posttrain"]["pair_loss_before"]
+        found = chain["posttrain"]
+        # Of images that did not choose the step.
+        assert found["pair_loss_after"] < found["pair_loss_before"]
+        assert found["pair_loss_last"] < found["pair_loss_before"]
+        assert found["held_out_select"] + found["held_out_report"] == chain["baseline"]["images"]
 
 
 def test_post_training_leaves_the_codes_alone(out: Path) -> None:

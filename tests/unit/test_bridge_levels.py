@@ -154,28 +154,54 @@ def test_range_from_a_quantile(normal):
 
 
 def test_latents_beyond_the_range_are_refused(normal):
-    bridge = quantizer(max_saturation=0.01)
+    bridge, wide = quantizer(max_saturation=0.01), normal[:2000] * 3
     with pytest.raises(MmpostError) as error:
-        bridge.quantize(normal[:2000] * 3)
-    share = float((normal[:2000].abs() * 3 > bridge.limits[1]).float().mean())
+        bridge.quantize(wide)
+    # Half a step beyond the last level, by hand from the published levels.
+    last, before = (float(level_table(64)[place]) * 5 / 3 for place in (-1, -2))
+    reach = last + (last - before) / 2
+    share, within = float((wide.abs() > reach).float().mean()), float(wide.abs().quantile(0.99))
     text = str(error.value)
     assert text.startswith(
-        f"{share:.1%} of the scaled latents lie outside [-4.06, 4.06], which is all that 64 levels with range 5 "
-        "represent; 1.0% are allowed. Measure shift and scale per channel with mode=channel, or set value_range="
+        f"the range cuts off {share:.1%} of the latents: measured from {float(wide.min()):.2f} to "
+        f"{float(wide.max()):.2f} in units of the scale, 99.0% within {within:.2f}, but 64 levels with range 5 reach "
+        f"{reach:.2f}; 1.0% may be cut off. Raise --range to "
     )
-    assert text.endswith("or larger, or accept it with max_saturation=null. [MMP-E081]")
-    enough = float(text.split("value_range=")[1].split(" ", maxsplit=1)[0])
-    quantizer(value_range=enough, max_saturation=0.01).quantize(normal[:2000] * 3)
-    PostTrainingQuantizer.fit(normal[:2000] * 3, mode="channel").quantize(normal[:2000] * 3)
-    quantizer(max_saturation=None).quantize(normal[:2000] * 3)
+    assert text.endswith(
+        ", or measure shift and scale of each channel with --mode channel, or accept it with --max-saturation 1. "
+        "[MMP-E081]"
+    )
+    enough = float(text.split("--range to ")[1].split(",", maxsplit=1)[0])
+    again = quantizer(value_range=enough, max_saturation=0.01)
+    again.quantize(wide)
+    assert again.cut_off_rate <= 0.01
+    assert again.measured == pytest.approx((float(wide.min()), float(wide.max())), rel=1e-5)
+    PostTrainingQuantizer.fit(wide, mode="channel").quantize(wide)
+    quantizer(max_saturation=None).quantize(wide)
+    quantizer(max_saturation=1.0).quantize(wide)
 
 
 @pytest.mark.parametrize("levels", LEVELS)
-def test_normal_latents_are_never_refused(levels, normal):
+def test_normal_latents_are_never_refused_at_the_published_range(levels, normal):
     bridge = quantizer(levels, max_saturation=0.01)
     bridge.quantize(normal)
-    share = math.erfc(bridge.limits[1] / math.sqrt(2))
-    assert bridge.saturation_rate == pytest.approx(share, rel=0.1, abs=1e-5)
+    for rate, end in ((bridge.saturation_rate, bridge.limits[1]), (bridge.cut_off_rate, bridge.reach)):
+        assert rate == pytest.approx(math.erfc(end / math.sqrt(2)), rel=0.1, abs=1e-5)
+    # What is not cut off loses no more than latents between levels can.
+    lost = (bridge.dequantize(bridge.quantize(normal)) - normal).abs()
+    steps = bridge.table.diff() * (5 / 3)
+    assert lost[normal.abs() <= bridge.reach].max() <= steps.max() / 2 + 1e-5
+
+
+@pytest.mark.parametrize(("value_range", "refused"), [(2.0, True), (3.0, False), (4.0, False)])
+def test_a_range_that_cuts_off_a_tenth_is_refused(value_range, refused, normal):
+    bridge = quantizer(value_range=value_range, max_saturation=0.01)
+    if not refused:
+        bridge.quantize(normal)
+        assert 0 < bridge.cut_off_rate < bridge.saturation_rate < 0.02
+        return
+    with pytest.raises(MmpostError, match=r"the range cuts off 7\.6% of the latents"):
+        bridge.quantize(normal)
 
 
 def test_few_values_are_judged_with_care():

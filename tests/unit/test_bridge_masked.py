@@ -217,14 +217,14 @@ def test_continued_run_ends_with_the_same_bits(tmp_path):
     first = BridgeTrainer(small(), indices, labels, options(save_steps=2), folder=tmp_path)
     first.run(until=3)
     second = BridgeTrainer(small(), indices, labels, options())
-    second.resume(tmp_path / "step-2")
+    second.resume(tmp_path / "step-000002")
     torch.manual_seed(99)  # global state must not matter
     second.run()
     for one, two in ((straight.model, second.model), (straight.mean, second.mean)):
         for name, value in one.state_dict().items():
             assert torch.equal(value, two.state_dict()[name]), name
     assert straight.evaluate(indices, labels, draws=2) == second.evaluate(indices, labels, draws=2)
-    assert MaskedGenerator.from_pretrained(tmp_path / "step-2").head.order.tolist() == [1, 0]
+    assert MaskedGenerator.from_pretrained(tmp_path / "step-000002").head.order.tolist() == [1, 0]
 
 
 def test_half_precision_is_near_full():
@@ -243,13 +243,13 @@ def test_continuing_with_other_options_is_refused(tmp_path):
     BridgeTrainer(small(), indices, labels, options(save_steps=2), folder=tmp_path).run(until=2)
     other = BridgeTrainer(small(), indices, labels, options(learning_rate=1e-3))
     with pytest.raises(MmpostError) as error:
-        other.resume(tmp_path / "step-2")
+        other.resume(tmp_path / "step-000002")
     assert str(error.value) == (
-        f"bridge: '{tmp_path / 'step-2'}' was made with other options. learning_rate: 0.0008 then, 0.001 now. "
+        f"bridge: '{tmp_path / 'step-000002'}' was made with other options. learning_rate: 0.0008 then, 0.001 now. "
         "Set them back, or start anew. [MMP-C099]"
     )
     with pytest.raises(MmpostError, match="MMP-E082"):
-        other.resume(tmp_path / "step-4")
+        other.resume(tmp_path / "step-000004")
 
 
 def test_training_lowers_the_loss_on_one_batch():

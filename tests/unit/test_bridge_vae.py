@@ -159,9 +159,9 @@ def test_a_vae_with_a_wider_range_is_refused_once_in_clear_words(tmp_path, image
     with pytest.raises(MmpostError) as error:
         from_vae(tmp_path, max_saturation=0.01).tokenize(many)
     text = str(error.value)
-    assert "of the scaled latents lie outside [-4.06, 4.06]" in text
-    assert "Measure shift and scale per channel with mode=channel, or set value_range=" in text
-    assert text.endswith("accept it with max_saturation=null. [MMP-E081]")
+    assert text.startswith("the range cuts off ")
+    assert "but 64 levels with range 5 reach 4.43; 1.0% may be cut off. Raise --range to " in text
+    assert text.endswith("accept it with --max-saturation 1. [MMP-E081]")
     from_vae(tmp_path, max_saturation=0.01).fit([many], mode="channel").tokenize(many)
     accepted = from_vae(tmp_path, max_saturation=None)
     accepted.tokenize(many)

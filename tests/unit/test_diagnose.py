@@ -152,6 +152,18 @@ def test_engine_gap_by_precision(half, fine, bad, said):
     )
 
 
+@pytest.mark.parametrize(
+    ("half", "exact", "fine", "bad", "limit"),
+    [(False, True, 9e-4, 2e-3, 0.001), (True, True, 4e-2, 6e-2, 0.05), (True, False, 0.19, 0.3, 0.2)],
+)
+def test_the_tail_of_the_engine_gap_counts_too(half, exact, fine, bad, limit):
+    diagnosis = Diagnosis({}, half=half, max_grad_norm=1.0, exact=exact)
+    assert feed(diagnosis, 20, logp_gap_p99=fine) == []
+    (finding,) = feed(diagnosis, 2 * STEADY, logp_gap_p99=bad)
+    assert finding.code == "MMP-R203"
+    assert "nats on 1 % of the tokens (normal is below " + f"{limit:g})" in finding.words
+
+
 def test_constant_reward_functions_are_named_one_by_one():
     diagnosis = new()
     found = []

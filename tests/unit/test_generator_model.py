@@ -1,14 +1,18 @@
 """The generator's ids, sizes, likelihood and files."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from mmpost.core.errors import MmpostError
 from mmpost_tokenizers.generator import model as module
-from mmpost_tokenizers.generator.model import ClassConditionalGenerator, CodeLayout, GeneratorConfig
+from mmpost_tokenizers.generator.layout import CodeLayout
+from mmpost_tokenizers.generator.model import ClassConditionalGenerator, GeneratorConfig
+from mmpost_tokenizers.generator.rotary import GridRotary
 from mmpost_tokenizers.generator.sizes import SIZES
 
 LAYOUT = CodeLayout(codebook_size=32, groups=1, grid=(2, 3), tokenizer_sha256="a" * 64)
@@ -160,6 +164,79 @@ def test_folder_round_trip_and_plain_transformers(generator, tmp_path):
     assert torch.equal(again(classes, codes), generator(classes, codes))
     plain = LlamaForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(plain.lm_head.weight, generator.llama.lm_head.weight)
+
+
+def test_class_names_are_in_the_folder(tmp_path):
+    config = GeneratorConfig(LAYOUT, 3, "test", class_names=("ant", "bee"))
+    ClassConditionalGenerator(config).save_pretrained(tmp_path)
+    assert ClassConditionalGenerator.from_pretrained(tmp_path).config == config
+
+
+# -- rotary positions by row and column --------------------------------------------------------------------------------
+
+
+def turned(rotary, vector, places):
+    """A vector at places of the sequence, turned as transformers turns queries and keys."""
+    cos, sin = rotary(vector, torch.tensor(places)[None])
+    return apply_rotary_pos_emb(vector.expand(1, 1, len(places), -1), vector[None, None, None], cos, sin)[0][0, 0]
+
+
+def test_scores_depend_on_differences_of_rows_and_columns_only():
+    """Brute force over a grid of 4 rows and 5 columns: equal differences, equal scores; others differ."""
+    rotary = GridRotary((4, 5), 1, 16)
+    query, key = torch.randn(2, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    places = list(range(1, 21))
+    scores = turned(rotary, query, places) @ turned(rotary, key, places).T
+    at = {place: divmod(place, 5) for place in range(20)}
+    seen = {}
+    for one, other in itertools.product(range(20), repeat=2):
+        difference = at[one][0] - at[other][0], at[one][1] - at[other][1]
+        seen.setdefault(difference, []).append(float(scores[one, other]))
+    assert len(seen) == 7 * 9
+    means = sorted(sum(values) / len(values) for values in seen.values())
+    for values in seen.values():
+        assert values == pytest.approx([values[0]] * len(values), abs=1e-5)
+    assert min(after - before for before, after in itertools.pairwise(means)) > 1e-4
+
+
+def test_first_half_turns_with_the_row_and_second_with_the_column():
+    rotary = GridRotary((3, 4), 2, 8)
+    cos, sin = rotary(torch.zeros(1, dtype=torch.float64), torch.arange(25)[None])
+    # The class token first; then two codes share each place.
+    assert (cos[0, 0] == 1).all()
+    place = 1 + 2 * (2 * 4 + 3) + 1  # the second code of row 2, column 3
+    assert torch.equal(cos[0, place], cos[0, place - 1])
+    expected = torch.tensor([2.0, 2.0 / 100, 3.0, 3.0 / 100])
+    torch.testing.assert_close(cos[0, place].float(), expected.cos().repeat(2))
+    torch.testing.assert_close(sin[0, place].float(), expected.sin().repeat(2))
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, CodeLayout(8, 3, (2, 2), "")], ids=["one", "groups"])
+def test_two_dimensional_generator_is_cached_saved_and_causal(layout, tmp_path):
+    model = ClassConditionalGenerator(GeneratorConfig(layout, 5, "test", rope="2d"), seed=3).eval()
+    codes, classes = codes_of(layout, 3), torch.tensor([0, 2, 4])
+    with torch.no_grad():
+        whole = model(classes, codes)
+        decoder, flat = model.decoder(classes), codes.flatten(1)
+        steps = [decoder.advance(None if at == 0 else flat[:, at - 1]) for at in range(layout.length)]
+        plain = ClassConditionalGenerator(GeneratorConfig(layout, 5, "test"), seed=3).eval()(classes, codes)
+    torch.testing.assert_close(torch.stack(steps, 1), whole, atol=1e-4, rtol=1e-4)
+    assert (whole - plain).abs().max() > 1e-3
+    model.save_pretrained(tmp_path)
+    again = ClassConditionalGenerator.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(classes, codes), whole)
+    # Plain transformers would turn by other angles; the folder does not pass for a Llama.
+    with pytest.raises(ValueError, match="mmpost_grid_llama"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_row_of_codes_has_no_columns():
+    with pytest.raises(MmpostError) as caught:
+        ClassConditionalGenerator(GeneratorConfig(GROUPED, 5, "test", rope="2d"))
+    assert str(caught.value) == (
+        "rope=2d needs a grid of rows and columns, but the codes are a row of 4. Set model.rope=1d [MMP-C120]"
+    )
 
 
 def test_folder_that_is_no_generator(tmp_path):

@@ -6,13 +6,15 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mmpost.core.errors import MmpostError
 from mmpost_tokenizers.cnn import CNNConfig, CNNTokenizer
 from mmpost_tokenizers.generator import identity
-from mmpost_tokenizers.generator.model import CodeLayout
+from mmpost_tokenizers.generator.layout import CodeLayout
 from mmpost_tokenizers.generator.pretokenize import CROPS, Codes, cut, pretokenize, source_size
-from mmpost_tokenizers.images import ArrayPixels, Cutting, images_from_arrays
+from mmpost_tokenizers.images import ArrayPixels, Cutting, images_from, images_from_arrays
+from mmpost_tokenizers.inputs import differing
 from mmpost_tokenizers.quantizers.configs import ProductConfig, VQConfig
 
 PLAIN = VQConfig(codebook_size=32, dim=4)
@@ -128,18 +130,100 @@ def test_a_second_call_goes_on_after_the_last_shard(tokenizer, tmp_path):
     ).read_bytes()
 
 
+def test_a_damaged_file_ends_the_call_and_a_mended_one_costs_no_other_shard(tokenizer, tmp_path):
+    """With headers alone the damage shows when its turn comes; shards without the file stay."""
+    (tmp_path / "data").mkdir()
+    draw = np.random.default_rng(0)
+    for number in range(6):
+        pixels = draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / f"{number}.png")
+    whole = (tmp_path / "data" / "4.png").read_bytes()
+    (tmp_path / "data" / "4.png").write_bytes(whole[:60])
+    out, done = tmp_path / "codes", []
+
+    def call():
+        done.clear()
+        pictures = images_from(tmp_path / "data", size=8, depth="header")
+        return pretokenize(pictures, tokenizer, out, shard_size=2, progress=lambda at, _: done.append(at))
+
+    with pytest.raises(MmpostError, match=r"cannot decode image '.*4\.png'.*MMP-D008"):
+        call()
+    assert done == [2, 4]
+    assert len(list((out / "shards").glob("*.safetensors"))) == 2
+    (tmp_path / "data" / "4.png").write_bytes(whole)
+    # The picture of an earlier shard changes as well: only that shard is made again.
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "data" / "0.png")
+    codes = call()
+    assert done == [2, 4, 6]
+    pictures = images_from(tmp_path / "data", size=8)
+    assert torch.equal(codes.codes[:, 0].long(), tokenizer.tokenize(stack(pictures)))
+
+
 def test_finished_codes_are_taken_and_others_refused(tokenizer, tmp_path):
     pictures = pictures_of(3, 8)
     first = pretokenize(pictures, tokenizer, tmp_path)
     assert torch.equal(pretokenize(pictures, tokenizer, tmp_path).codes, first.codes)
-    words = r"holds codes of another tokenizer, image set or number of crops\..*MMP-T077"
-    for other in (pictures_of(4, 8), pictures_of(3, 8, name="q")):
-        with pytest.raises(MmpostError, match=words):
-            pretokenize(other, tokenizer, tmp_path)
-    with pytest.raises(MmpostError, match=words):
-        pretokenize(pictures, tokenizer, tmp_path, crops=2)
-    with pytest.raises(MmpostError, match=words):
-        pretokenize(pictures, build(seed=1), tmp_path)
+    others = {
+        "number of images; names of images; classes of images; contents of images (size or time of a file)":
+            (pictures_of(4, 8), tokenizer, 1),
+        "names of images": (pictures_of(3, 8, name="q"), tokenizer, 1),
+        "classes of images": (dataclasses.replace(pictures, labels=(0, 1, 1)), tokenizer, 1),
+        "contents of images (size or time of a file)": (changed(pictures), tokenizer, 1),
+        "size, crop or flip": (dataclasses.replace(pictures, cutting=Cutting(8, "pad")), tokenizer, 1),
+        "number of crops": (pictures, tokenizer, 2),
+        "weights of the tokenizer": (pictures, build(seed=1), 1),
+    }  # fmt: skip
+    for differs, (images, other, crops) in others.items():
+        with pytest.raises(MmpostError) as caught:
+            pretokenize(images, other, tmp_path, crops=crops)
+        assert str(caught.value) == (
+            f"'{tmp_path}' holds codes of something else; what differs: {differs}. "
+            "Choose another folder, or delete this one [MMP-T077]"
+        )
+    named = dataclasses.replace(pictures, classes=("ant", "bee", "cow"))
+    with pytest.raises(MmpostError, match="what differs: classes of images"):
+        pretokenize(named, tokenizer, tmp_path)
+
+
+def changed(pictures):
+    """One pixel of one picture is another."""
+    pixels = pictures.source.array.copy()
+    pixels[1, 0, 0, 0] ^= 1
+    return dataclasses.replace(pictures, source=Counted(pixels))
+
+
+def test_a_file_that_changed_is_seen_without_reading_any(tokenizer, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8, 3), len(name), np.uint8)).save(tmp_path / "data" / name / "1.png")
+    out = tmp_path / "codes"
+    first = pretokenize(images_from(tmp_path / "data", size=8), tokenizer, out)
+    assert first.classes == ("cat", "dog")
+    assert Codes.open(out).classes == ("cat", "dog")
+    pretokenize(images_from(tmp_path / "data", size=8), tokenizer, out)
+    Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(tmp_path / "data" / "dog" / "1.png")
+    with pytest.raises(MmpostError, match=r"what differs: contents of images \(size or time of a file\)\."):
+        pretokenize(images_from(tmp_path / "data", size=8), tokenizer, out)
+    (tmp_path / "data" / "cat").rename(tmp_path / "data" / "eel")
+    with pytest.raises(MmpostError, match="what differs: names of images; classes of images"):
+        pretokenize(images_from(tmp_path / "data", size=8), tokenizer, out)
+
+
+def test_marks_tell_codes_apart():
+    layout = CodeLayout(32, 1, (2,), "a" * 64)
+    plain = Codes(layout, torch.tensor([[[1, 2]], [[3, 4]]], dtype=torch.uint16), torch.tensor([0, 1]), ["a", "b"])
+    others = {
+        "codes": dataclasses.replace(plain, codes=torch.tensor([[[1, 2]], [[3, 5]]], dtype=torch.uint16)),
+        "classes of images": dataclasses.replace(plain, classes=("x", "y")),
+        "names of images": dataclasses.replace(plain, keys=["a", "c"]),
+        "tokenizer": dataclasses.replace(plain, layout=dataclasses.replace(layout, tokenizer_sha256="b" * 64)),
+    }
+    assert differing(plain.marks(), dataclasses.replace(plain).marks()) == []
+    for name, other in others.items():
+        assert differing(plain.marks(), other.marks()) == [name]
+    assert differing(plain.marks(), plain.subset(torch.tensor([0])).marks()) == [
+        "number of images", "names of images", "classes of images", "codes",
+    ]  # fmt: skip
 
 
 def test_no_file(tmp_path):

@@ -9,7 +9,8 @@ import torch
 
 from mmpost.core.errors import MmpostError
 from mmpost_tokenizers.generator import sample
-from mmpost_tokenizers.generator.model import ClassConditionalGenerator, CodeLayout, GeneratorConfig
+from mmpost_tokenizers.generator.layout import CodeLayout
+from mmpost_tokenizers.generator.model import ClassConditionalGenerator, GeneratorConfig
 from mmpost_tokenizers.generator.sample import Guidance, Sampling, generate
 
 LAYOUT = CodeLayout(codebook_size=32, groups=1, grid=(2, 3), tokenizer_sha256="")

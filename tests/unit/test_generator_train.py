@@ -8,7 +8,8 @@ import torch
 
 from mmpost.core.errors import MmpostError
 from mmpost_tokenizers.generator import train
-from mmpost_tokenizers.generator.model import ClassConditionalGenerator, CodeLayout, GeneratorConfig
+from mmpost_tokenizers.generator.layout import CodeLayout
+from mmpost_tokenizers.generator.model import ClassConditionalGenerator, GeneratorConfig
 from mmpost_tokenizers.generator.options import GeneratorModelSection, GeneratorTrainSection
 from mmpost_tokenizers.generator.pretokenize import Codes
 from mmpost_tokenizers.generator.sample import Guidance, Sampling, generate

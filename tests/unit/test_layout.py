@@ -78,7 +78,9 @@ def wanted(extra):
     found = []
     for line in PROJECT["project"]["optional-dependencies"][extra]:
         one = Requirement(line)
-        found += [deep for name in one.extras for deep in wanted(name)] if one.name == "mmpost-toolkit" else [one]
+        found += (
+            [deep for name in sorted(one.extras) for deep in wanted(name)] if one.name == "mmpost-toolkit" else [one]
+        )
     return found
 
 

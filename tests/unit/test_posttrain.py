@@ -1,6 +1,7 @@
 """Decoder post-training: pairs, freezing, exact continuation, and refusals."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -14,6 +15,7 @@ from mmpost_tokenizers.generator.identity import frozen_state, layout_of
 from mmpost_tokenizers.generator.model import ClassConditionalGenerator, GeneratorConfig
 from mmpost_tokenizers.generator.options import PosttrainSection
 from mmpost_tokenizers.generator.sample import Sampling, keep_mask
+from mmpost_tokenizers.held_out import HeldOut, halves
 from mmpost_tokenizers.images import Cutting, from_uint8, images_from_arrays, to_uint8
 from mmpost_tokenizers.losses import DeepFeatureLoss
 from mmpost_tokenizers.objective import Objective
@@ -126,6 +128,47 @@ def test_pairs_are_kept_for_the_same_arguments_only(tokenizer, tmp_path):
     assert len(calls) == 1
 
 
+def test_pairs_that_were_ended_go_on_after_the_last_block(tokenizer, tmp_path, monkeypatch):
+    whole = pairs_of(tokenizer, batch_size=5)
+    monkeypatch.setattr("mmpost_tokenizers.pairs.BLOCK", 10)
+    seen = []
+
+    def stop(done, total):
+        seen.append((done, total))
+        if done == 15:
+            raise KeyboardInterrupt
+
+    options = {"batch_size": 5, "cache": tmp_path / "pairs", "progress": stop}
+    with pytest.raises(KeyboardInterrupt):
+        pairs_of(tokenizer, **options)
+    assert seen == [(5, 24), (10, 24), (15, 24)]
+    assert [file.name for file in tmp_path.iterdir()] == ["pairs.000000000"]
+    seen.clear()
+    again = pairs_of(tokenizer, **options | {"progress": lambda *at: seen.append(at)})
+    assert seen == [(15, 24), (20, 24), (24, 24)]
+    assert torch.equal(again.inputs, whole.inputs)
+    assert torch.equal(again.real, whole.real)
+    assert [file.name for file in tmp_path.iterdir()] == ["pairs"]
+
+
+def test_classes_of_other_names_are_refused(tokenizer):
+    maker = ClassConditionalGenerator(
+        GeneratorConfig(layout_of(tokenizer), 3, "test", class_names=("ant", "bee", "cow")), seed=1
+    )
+    options = {"sigma": 0.8, "pair_mode": "direct", "sampling": SAMPLING}
+    same_names = dataclasses.replace(pictures(4), classes=("ant", "bee", "cow"))
+    assert torch.equal(
+        make_pairs(same_names, tokenizer, maker, **options).inputs,
+        make_pairs(pictures(4), tokenizer, maker, **options).inputs,
+    )
+    with pytest.raises(MmpostError) as caught:
+        make_pairs(dataclasses.replace(pictures(4), classes=("bee", "cow")), tokenizer, maker, **options)
+    assert str(caught.value) == (
+        "the generator and the images of the pairs have other classes: 3 against 2, class 0 is 'ant' against 'bee'. "
+        "Give images with the same class folders as those that the codes were made of [MMP-C119]"
+    )
+
+
 @pytest.mark.parametrize("sigma", [0.0, -0.1, 1.01, math.nan])
 def test_sigma_outside_is_refused(tokenizer, sigma):
     words = (
@@ -216,7 +259,7 @@ def test_continued_run_has_the_same_bytes(tmp_path):
     whole = start(tmp_path / "a")
     summary = whole.run()
     seen = []
-    early = start(tmp_path / "b", report=seen.append, stop=lambda: len(seen) == 3)
+    early = start(tmp_path / "b", report=seen.append, stop=lambda: len(seen) == 4)
     first = early.run()
     assert (first["finished"], first["steps"]) == (False, 3)
     torch.rand(5)
@@ -224,8 +267,8 @@ def test_continued_run_has_the_same_bytes(tmp_path):
     assert again.step == 3
     assert again.run() == summary
     assert same(again.tokenizer, whole.tokenizer)
-    assert [row["step"] for row in seen] == [1, 2, 3, 4, 5, 6]
-    assert ["pair_loss" in row for row in seen] == [False, True, False, True, False, True]
+    assert [row["step"] for row in seen] == [0, 1, 2, 3, 4, 5, 6]
+    assert ["pair_loss" in row for row in seen] == [True, False, True, False, True, False, True]
     for name, value in whole._adversary.state_dict().items():
         assert torch.equal(value, again._adversary.state_dict()[name]), name
 
@@ -244,13 +287,78 @@ def test_held_out_pair_loss_falls():
     pairs, held = pairs_of(tokenizer, 96, sigma=0.9), pairs_of(tokenizer, 48, seed=1, sigma=0.9)
     options = QUICK.model_copy(update={"sigma": 0.9, "max_steps": 40, "batch_size": 32, "eval_steps": 10})
     trainer = DecoderPostTrainer(tokenizer, pairs, held, options, loss=pixel_loss(DeepFeatureLoss()))
-    start = trainer.pair_loss(held)
+    chosen, told = (held.subset(rows) for rows in halves(48, options.seed))
+    start = [trainer.pair_loss(half) for half in (chosen, told)]
     summary = trainer.run()
-    assert summary["pair_loss_before"] == start
-    assert summary["pair_loss_after"] < 0.8 * start
-    kept = DecoderPostTrainer(tokenizer, pairs, held, options, loss=pixel_loss(DeepFeatureLoss())).pair_loss(held)
-    # The weights that were kept give the loss that is reported.
-    assert kept == pytest.approx(summary["pair_loss_after"], rel=1e-6)
+    assert [summary["pair_loss_select_before"], summary["pair_loss_before"]] == start
+    assert summary["pair_loss_after"] < 0.8 * summary["pair_loss_before"]
+    kept = DecoderPostTrainer(tokenizer, pairs, held, options, loss=pixel_loss(DeepFeatureLoss()))
+    # The weights that were kept give the losses that are reported.
+    assert kept.pair_loss(told) == pytest.approx(summary["pair_loss_after"], rel=1e-6)
+    assert kept.pair_loss(chosen) == pytest.approx(summary["pair_loss_select_after"], rel=1e-6)
+
+
+def test_one_half_chooses_and_the_other_reports():
+    """The best step on the choosing half is a bad one on the other; exactly that is reported."""
+    pairs = pairs_of(build(), 9)
+    held = HeldOut.of(pairs, seed=7)
+    first, second = halves(9, 7)
+    assert sorted(first + second) == list(range(9))
+    assert (len(held.select), len(held.report)) == (4, 5)
+    assert torch.equal(held.select.inputs, pairs.inputs[first])
+    assert [held.report.images[row][2] for row in range(5)] == [pairs.images[row][2] for row in second]
+    assert (first, second) == halves(9, 7) != halves(9, 8)
+    # At each step first the half that chooses is measured, then the other.
+    found = iter([5.0, 50.0, 3.0, 70.0, 4.0, 20.0])
+    for step in (0, 10, 20):
+        weights = {"at": torch.tensor(step)}
+        held.measure(step, lambda _: next(found), weights.copy)
+    summary = held.summary()
+    assert (summary["pair_loss_before"], summary["pair_loss_after"], summary["pair_loss_last"]) == (50.0, 70.0, 20.0)
+    assert (summary["pair_loss_select_before"], summary["pair_loss_select_after"]) == (5.0, 3.0)
+    assert (summary["best_step"], int(held.best_weights["at"])) == (10, 10)
+    again = HeldOut.of(pairs, seed=7)
+    again.restore(json.loads(json.dumps(held.state())), held.best_weights)
+    assert again.summary() == summary
+
+
+def test_one_held_out_pair_is_too_few(tokenizer):
+    pairs = pairs_of(tokenizer, 4)
+    with pytest.raises(MmpostError) as caught:
+        DecoderPostTrainer(build(), pairs, pairs.subset([0]), QUICK)
+    assert str(caught.value) == (
+        "post-training needs two held-out images or more, one to choose and one to report; got 1. "
+        "Give more in data.eval. [MMP-T078]"
+    )
+
+
+def test_micro_batches_do_not_change_the_step():
+    results = []
+    for size in (None, 3):
+        tokenizer = build()
+        options = QUICK.model_copy(update={"micro_batch_size": size, "max_steps": 2})
+        summary = DecoderPostTrainer(tokenizer, pairs_of(tokenizer), pairs_of(tokenizer, 12, seed=1), options).run()
+        results.append((summary, tokenizer.state_dict()))
+    assert results[0][0]["pair_loss_last"] == pytest.approx(results[1][0]["pair_loss_last"], rel=1e-4)
+    moved = build().state_dict()
+    assert not torch.equal(moved["decoder.conv_out.weight"], results[0][1]["decoder.conv_out.weight"])
+    for name, weight in results[0][1].items():
+        torch.testing.assert_close(weight, results[1][1][name], atol=2e-4, rtol=1e-3)
+
+
+def test_micro_batches_give_the_discriminator_the_whole_batch_too():
+    """Without adaptive weight and running means every part of the loss is a mean over images."""
+    gradients = []
+    for size in (None, 4):
+        tokenizer = build()
+        options = QUICK.model_copy(update={"discriminator": "reset", "micro_batch_size": size, "max_steps": 1})
+        adversary = adversary_of(_objective(adaptive=False, lecam=0.0), how="reset")
+        pairs = pairs_of(tokenizer)
+        DecoderPostTrainer(tokenizer, pairs, pairs, options, adversary=adversary).run()
+        gradients.append([weight.grad.clone() for weight in adversary.parameters()])
+    for whole, parts in zip(*gradients, strict=True):
+        torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-3)
+    assert max(float(whole.abs().max()) for whole in gradients[0]) > 1e-3
 
 
 def test_it_stops_and_keeps_the_best_weights():

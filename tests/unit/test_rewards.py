@@ -357,7 +357,13 @@ ODD = (
     "{}", "<answer>[1, 2</answer>", "[[[", "٣", "\U0001f600", "```json\n{```", "\ud800", "9" * 5000, "\\frac{1}{0}",
 )  # fmt: skip
 OPTIONS = {"regex": {"pattern": "(a|b)+c"}}
-SOLUTIONS = {"boxes": [[0, 0, 1, 1]], "points": [[0, 0]]}
+SOLUTIONS = {
+    "boxes": [[0, 0, 1, 1]],
+    "points": [[0, 0]],
+    "temporal_iou": [1, 2],
+    "ordering": ["a", "b"],
+    "tubes": {"1": [0, 0, 1, 1]},
+}
 
 
 @pytest.mark.parametrize("name", list(REWARDS))

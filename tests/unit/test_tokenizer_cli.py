@@ -82,6 +82,81 @@ def test_eval_and_inspect(trained, pictures, tmp_path, capfd):
     assert "Neighbours of the most used codes" in (tmp_path / "i.html").read_text()
 
 
+def test_inspect_finds_its_images(trained, pictures, tmp_path, capfd):
+    """Those of the run for its final weights and its checkpoints; for a lone folder those that ship."""
+    import shutil
+
+    page = ["--out", tmp_path / "i.html", "--json"]
+    given = call(capfd, "tokenizer", "inspect", trained, "--data", pictures, *page)
+    for place in (trained / "final", trained / "checkpoints" / "step-000002"):
+        code, out, err = call(capfd, "tokenizer", "inspect", place, *page)
+        assert code == 0, err
+        assert f"images: {pictures}, data.eval of the checkpoint's run" in err
+        assert (out == given[1]) == (place.name == "final")
+    shutil.copytree(trained / "final", tmp_path / "lone")
+    code, out, err = call(capfd, "tokenizer", "inspect", tmp_path / "lone", "--limit", "20", *page)
+    assert code == 0, err
+    assert "images: task:digits, which ships with mmpost; no run folder is around the checkpoint" in err
+    assert json.loads(out)["codebook_size"] == 16
+
+
+def test_reference_features_are_kept_between_commands(trained, pictures, tmp_path, capfd, monkeypatch):
+    from mmpost_tokenizers import statistics
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    extracted = []
+    extract = statistics.extract
+    monkeypatch.setattr(statistics, "extract", lambda *words: extracted.append(1) or extract(*words))
+    words = ["tokenizer", "eval", trained, "--data", pictures, "--json", "--features", "random-conv"]
+    first = call(capfd, *words)
+    assert (first[0], len(extracted)) == (0, 1)
+    assert call(capfd, *words)[1] == first[1]
+    assert len(extracted) == 1
+    # Fewer images are another set.
+    assert call(capfd, *words, "--limit", "8")[0] == 0
+    assert len(extracted) == 2
+    assert len(list((tmp_path / "cache" / "mmpost" / "reference").glob("*.safetensors"))) == 2
+
+
+def test_a_perceptual_distance_says_what_it_is(trained, pictures, tmp_path, capfd):
+    words = ["tokenizer", "eval", trained, "--data", pictures, "--features", "random-conv", "--json"]
+    found = json.loads(call(capfd, *words)[1])
+    assert found["dfd[random-conv64-seed0]"] > 0
+    assert "lpips" not in found
+    assert not [name for name in json.loads(call(capfd, *words, "--perceptual", "none")[1]) if name.startswith("dfd")]
+    code, _, err = call(capfd, *words, "--perceptual", tmp_path / "nothing.pth")
+    assert code == 2
+    assert err == (
+        f"--perceptual {tmp_path / 'nothing.pth'}: there is no such file. "
+        "Give the file vgg16-397923af.pth, features or none. [MMP-C112]\n"
+    )
+
+
+FOLDER = "Give a folder written by save_pretrained, or a hub id of one (needs network or the local cache). [MMP-E070]\n"
+
+
+@pytest.mark.parametrize("command", ["inspect", "eval", "encode", "pretokenize"])
+def test_a_checkpoint_that_is_not_there(command, pictures, tmp_path, capfd):
+    words = ["--data", pictures, *(["--out", tmp_path / "o.npz"] if command in ("encode", "pretokenize") else [])]
+    # Not asked of the hub: it can only be a path.
+    code, _, err = call(capfd, "tokenizer", command, tmp_path / "nowhere", *words)
+    assert (code, err) == (4, f"no tokenizer '{tmp_path / 'nowhere'}': there is no such folder. {FOLDER}")
+
+
+def test_a_vae_and_data_that_are_not_there(trained, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "vae.bin").write_text("")
+    fix = "Give the folder or hub id of a diffusers.AutoencoderKL. [MMP-E080]\n"
+    for vae, why in (("models/vae", "there is no such folder"), ("vae.bin", "it is a file, not a folder")):
+        code, _, err = call(capfd, "tokenizer", "bridge", vae, "--out", tmp_path / "out")
+        assert (code, err) == (4, f"cannot open the VAE '{vae}': {why}. {fix}")
+    code, _, err = call(capfd, "tokenizer", "eval", trained, "--data", tmp_path / "pictures")
+    assert code in (3, 4)
+    assert str(tmp_path / "pictures") in err
+    assert err.count("[MMP-") == err.count("\n") == 1
+
+
 @pytest.mark.parametrize("ending", ["npz", "safetensors"])
 def test_encode_and_decode_give_the_reconstruction(trained, pictures, tmp_path, capfd, ending):
     from mmpost_tokenizers.images import images_from, to_uint8
@@ -220,8 +295,27 @@ def test_bridge_of_a_vae_opens_as_a_tokenizer(pictures, tmp_path, capfd):
     codes = np.load(tmp_path / "b.npz")["codes"]
     assert codes.shape == (12, 8, 8, 2)
     assert codes.max() < 16
-    # A range that the latents leave is refused, with one message.
+    assert 0 <= facts["cut_off"] <= facts["saturation"] < 0.2
+    low, high = facts["measured_range"]
+    assert low < 0 < high
+    # A range that the latents leave is refused, with one message that says what to raise.
     words = ["tokenizer", "bridge", tmp_path / "vae", "--data", pictures, "--range", "0.5", "--out", tmp_path / "no"]
     code, _, err = call(capfd, *words)
     assert code == 4
-    assert err.endswith("[MMP-E081]\n")
+    found = re.fullmatch(
+        r"the range cuts off (\S+)% of the latents: measured from (\S+) to (\S+) in units of the scale, 99\.0% within "
+        r"(\S+), but 64 levels with range 0\.5 reach 0\.44; 1\.0% may be cut off\. Raise --range to (\S+), or measure "
+        r"shift and scale of each channel with --mode channel, or accept it with --max-saturation 1\. \[MMP-E081\]\n",
+        err,
+    )
+    assert found, err
+    words[words.index("0.5")] = found[5]
+    assert call(capfd, *words)[0] == 0
+    words[words.index(found[5])] = "0.5"
+    assert call(capfd, *words, "--max-saturation", "1")[0] == 0
+    # Without images nothing is measured, and that is said.
+    code, out, _ = call(capfd, "tokenizer", "bridge", tmp_path / "vae", "--out", tmp_path / "blind", "--json")
+    assert code == 0
+    assert json.loads(out)["notes"] == [
+        "without --data the scale is that of the VAE's configuration and no latent was measured"
+    ]

@@ -11,9 +11,12 @@ import torch
 from PIL import Image
 
 from mmpost.core.errors import MmpostError
+from mmpost.media import image as media
 from mmpost_tokenizers.batches import ImageBatches, Waiting, evaluation_batches
 from mmpost_tokenizers.image_files import list_file
 from mmpost_tokenizers.images import Cutting, images_from, images_from_arrays, to_uint8
+from mmpost_tokenizers.opening import chosen, open_images, resident
+from mmpost_tokenizers.options import ImageSource, ImagesSection
 
 
 def noise(height, width, channels=3, seed=0):
@@ -79,6 +82,93 @@ def test_bad_files_are_listed_in_one_error(bad_folder):
         "6e 6f 20 70 69 63 74 75)."
     )
     assert lines[4] == " Mend or remove them, or set on_bad=quarantine to go on with the other 4 [MMP-D071]"
+
+
+def test_headers_do_not_show_damage_behind_them(bad_folder, monkeypatch):
+    """Headers find the file of one pixel and the one that is no image, and miss the truncated one."""
+    with pytest.raises(MmpostError) as caught:
+        images_from(bad_folder, size=16, depth="header")
+    assert str(caught.value).splitlines()[0] == "2 of 7 images cannot be used:"
+    for name in ("dog/dot.png", "dog/text.jpg"):
+        (bad_folder / name).unlink()
+    pictures = images_from(bad_folder, size=16, depth="header")
+    assert "cat/truncated.jpg" in pictures.keys
+    with pytest.raises(MmpostError, match=r"cannot decode image '.*/cat/truncated\.jpg': Pillow: ") as caught:
+        list(evaluation_batches(pictures, batch_size=2))
+    assert caught.value.code == "MMP-D008"
+    # Few files are decoded; many only where faulty ones are to be left out.
+    with pytest.raises(MmpostError, match="1 of 5 images cannot be used"):
+        images_from(bad_folder, size=16, depth="auto")
+    monkeypatch.setattr("mmpost_tokenizers.image_files.DECODE_UP_TO", 4)
+    assert images_from(bad_folder, size=16, depth="auto").notes[1] == (
+        "5 images: only their headers were looked at; check=decode looks inside first"
+    )
+    kept = images_from(bad_folder, size=16, depth="auto", on_bad="quarantine")
+    assert [key for key, _ in kept.bad] == ["cat/truncated.jpg"]
+
+
+def test_a_file_is_decoded_once_while_it_stays_the_same(bad_folder, tmp_path, monkeypatch):
+    decoded = []
+    load = media.load
+    monkeypatch.setattr("mmpost_tokenizers.image_files.media.load", lambda path: decoded.append(path) or load(path))
+    Image.new("CMYK", (16, 16)).save(bad_folder / "dog/z.jpg")
+
+    def opened():
+        decoded.clear()
+        found = images_from(bad_folder, size=16, on_bad="quarantine", depth="decode", cache=tmp_path / "cache")
+        return found, sorted(path.rpartition("/")[2] for path in decoded)
+
+    first, names = opened()
+    assert names == ["1.png", "1.png", "2.PNG", "2.png", "truncated.jpg", "z.jpg"]
+    second, names = opened()
+    # A bad file is never remembered; remarks and bad files are told again.
+    assert names == ["truncated.jpg"]
+    assert (second.keys, second.notes, second.labels) == (first.keys, first.notes, first.labels)
+    assert [str(error) for _, error in second.bad] == [str(error) for _, error in first.bad]
+    (bad_folder / "cat/1.png").write_bytes((bad_folder / "cat/1.png").read_bytes()[:60])
+    Image.fromarray(noise(16, 16)).save(bad_folder / "cat/truncated.jpg")
+    third, names = opened()
+    assert names == ["1.png", "truncated.jpg"]
+    assert [key for key, _ in third.bad] == ["cat/1.png", "dog/dot.png", "dog/text.jpg"]
+    # The size that is asked for may change without decoding again.
+    decoded.clear()
+    with pytest.raises(MmpostError, match=r"is 16 x 16 px; the shorter side must have 17\."):
+        images_from(bad_folder, size=16, min_side=17, depth="decode", cache=tmp_path / "cache")
+    assert [path.rpartition("/")[2] for path in decoded] == []
+    for file in (tmp_path / "cache").iterdir():
+        file.write_text("{torn")
+    assert len(opened()[1]) == 6
+
+
+def test_only_the_files_that_are_used_are_looked_at(bad_folder):
+    """Two of seven files: the first and the fourth of the sorted list, which are good."""
+    pictures = images_from(bad_folder, size=16, limit=2)
+    assert pictures.keys == ("cat/1.png", "dog/1.png")
+    assert (pictures.labels, pictures.classes) == ((0, 1), ("cat", "dog"))
+    with pytest.raises(MmpostError, match="2 of 5 images cannot be used"):
+        images_from(bad_folder, size=16, limit=5)
+
+
+def test_options_reach_the_check(bad_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("dog/dot.png", "dog/text.jpg"):
+        (bad_folder / name).unlink()
+    sources = [ImageSource(path=str(bad_folder))]
+    found = open_images(sources, ImagesSection(check="header"), size=16, seed=0, training=True)
+    assert len(found) == 5
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(MmpostError, match="1 of 5 images cannot be used"):
+        open_images(sources, ImagesSection(), size=16, seed=0, training=True)
+    assert len(list((tmp_path / "cache/mmpost/images").glob("*.json"))) == 1
+
+
+def test_chosen_pictures_of_a_set_in_memory(folder):
+    pictures = images_from(folder, size=16)
+    for whole in (pictures, resident(pictures)):
+        some = chosen(whole, [3, 0])
+        assert some.keys == ("dog/sub/2.PNG", "cat/1.png")
+        assert torch.equal(some[0][0], pictures[3][0])
+        assert some[1][1:] == (0, "cat/1.png")
 
 
 def test_quarantine_uses_the_good_files_and_lists_the_others(bad_folder, tmp_path):

@@ -95,7 +95,7 @@ def test_lpips_without_its_weights_is_refused(tmp_path):
     )
 
 
-def test_lpips_takes_the_trunk_of_a_file(tmp_path):
+def test_lpips_takes_the_trunk_of_a_file(tmp_path, monkeypatch):
     import torchvision
 
     torch.manual_seed(0)
@@ -107,6 +107,14 @@ def test_lpips_takes_the_trunk_of_a_file(tmp_path):
     image = noise(1, 3, 32, 32).clamp(-1, 1)
     assert measure(image, image) == 0
     assert measure(image, -image) > 0
+    # Other weights than the published ones have another name, in every log.
+    assert measure.name == f"vgg16_layout_{measure.sha256[:8]}"
+    # The published file is not at hand; one whose hash begins as its does is taken for it.
+    monkeypatch.setattr(losses, "VGG_TRUNK", measure.sha256[:8])
+    assert losses.LPIPSLoss(tmp_path / "vgg.pth").name == "lpips"
+    torch.save({"classifier.0.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(MmpostError, match=r"other.pth' holds no VGG16 trunk: KeyError.*MMP-C112"):
+        losses.LPIPSLoss(tmp_path / "other.pth")
 
 
 def test_patchgan_has_the_published_shape():

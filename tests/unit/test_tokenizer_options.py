@@ -4,6 +4,7 @@ import pytest
 
 from mmpost.config.load import load
 from mmpost.core.errors import ManyErrors, MmpostError
+from mmpost_tokenizers.bridge.options import BridgeRunConfig
 from mmpost_tokenizers.options import GeneratorRunConfig, PosttrainConfig, TokenizerConfig
 
 RECIPES = {
@@ -12,7 +13,9 @@ RECIPES = {
     "tokenizers/titok_imagenet256": TokenizerConfig, "tokenizers/posttrain_demo": PosttrainConfig,
     "tokenizers/posttrain_imagenet256": PosttrainConfig, "tokenizers/generator_demo": GeneratorRunConfig,
     "tokenizers/generator_llamagen_b": GeneratorRunConfig, "tokenizers/generator_llamagen_l": GeneratorRunConfig,
-    "tokenizers/generator_400m": GeneratorRunConfig,
+    "tokenizers/generator_400m": GeneratorRunConfig, "tokenizers/bridge_demo": BridgeRunConfig,
+    "tokenizers/bridge_mar_l_imagenet256": BridgeRunConfig, "tokenizers/bridge_mar_h_imagenet256": BridgeRunConfig,
+    "tokenizers/bridge_mar_l_independent_imagenet256": BridgeRunConfig,
 }  # fmt: skip
 
 
@@ -52,6 +55,33 @@ def test_robustok_and_llamagen_have_the_published_sizes():
             counts[name] = sum(weight.numel() for weight in opening.new_tokenizer(settings, seed=0).parameters())
     assert counts["llamagen_vq16_imagenet256"] == 71_883_403
     assert 170e6 < counts["robustok_imagenet256"] < 180e6
+
+
+def test_bridge_recipes_have_the_published_sizes():
+    """486M and 910M weights with the heads of 65M and 94M, counted without memory."""
+    import torch
+
+    from mmpost_tokenizers.bridge.head import HeadConfig
+    from mmpost_tokenizers.bridge.masked import SIZES
+    from mmpost_tokenizers.bridge.running import HEADS
+
+    for name, size, published in (("l", "L", 486e6), ("h", "H", 910e6)):
+        model = load(BridgeRunConfig, [f"tokenizers/bridge_mar_{name}_imagenet256"], []).config.model
+        shape = SIZES[size]
+        assert (model.width, model.depth, model.heads) == (shape.width, shape.encoder_depth, shape.heads)
+        assert (model.buffer, model.mask_min, model.mask_std) == (shape.buffer, shape.mask_min, shape.mask_std)
+        with torch.device("meta"):
+            from mmpost_tokenizers.bridge.masked import MaskedBackbone
+
+            head = HEADS[model.head](
+                HeadConfig(z_dim=model.width, width=model.head_width, depth=model.head_depth, heads=model.head_heads)
+            )
+            parts = [MaskedBackbone(shape), head]
+        count = sum(weight.numel() for part in parts for weight in part.parameters())
+        assert count == pytest.approx(published, rel=0.02)
+    independent = load(BridgeRunConfig, ["tokenizers/bridge_mar_l_independent_imagenet256"], []).config
+    whole = load(BridgeRunConfig, ["tokenizers/bridge_mar_l_imagenet256"], []).config
+    assert list(whole.diff(independent)) == ["model.head"]
 
 
 def test_the_command_line_changes_one_kind_at_a_time():

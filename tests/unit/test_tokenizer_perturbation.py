@@ -353,7 +353,7 @@ def test_a_quantizer_without_neighbours():
         LatentPerturbation(1.0, 1.0, 5)(Continuous(), indices, generator=seeded())
     assert str(caught.value) == (
         "the codes of quantizer 'Continuous' have no neighbours, so its latents cannot be perturbed. "
-        "Choose another quantizer, or set perturbation.beta=0. [MMP-C070]"
+        "Choose another quantizer, or set tokenizer.perturb.beta=0. [MMP-C070]"
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from mmpost_tokenizers import opening, report
+from mmpost_tokenizers.base import Quantizer
 from mmpost_tokenizers.options import CNNSettings
 
 
@@ -54,13 +55,19 @@ def test_grids_show_originals_reconstructions_and_three_strengths(tokenizer, ima
     assert len({png for _, png in block.items}) == 5
 
 
-def test_codes_without_neighbours_show_no_perturbation(images):
+@pytest.mark.parametrize("knows_neighbours", [True, False])
+def test_codes_without_neighbours_show_no_perturbation(images, monkeypatch, knows_neighbours):
     settings = CNNSettings.model_validate(
         {"image_size": 16, "stem_patch": 4, "block_out_channels": [8], "z_channels": 8, "norm_groups": 4,
          "quantizer": {"kind": "lfq", "dim": 30}}
     )  # fmt: skip
-    block = report.picture_grids(opening.new_tokenizer(settings, seed=0).eval(), images)
-    assert [caption for caption, _ in block.items] == ["original", "reconstruction"]
+    tokenizer = opening.new_tokenizer(settings, seed=0).eval()
+    if not knows_neighbours:
+        monkeypatch.setattr(type(tokenizer.quantizer), "lattice", lambda self: None)
+        monkeypatch.setattr(type(tokenizer.quantizer), "code_vectors", Quantizer.code_vectors)
+    shown = [caption for caption, _ in report.picture_grids(tokenizer, images).items]
+    assert shown[:2] == ["original", "reconstruction"]
+    assert (len(shown) > 2) == knows_neighbours
 
 
 def test_usage_counts_every_token(tokenizer, images):

@@ -196,10 +196,52 @@ def test_annealing_reaches_the_log(images, tmp_path):
     assert changed[3:] == [0, 0, 0]
 
 
-def test_a_quantizer_without_neighbours_is_refused_before_training(images, tmp_path):
+def test_2_to_the_24_codes_train_under_perturbation_without_being_listed(images, tmp_path):
+    lines = Lines()
+    quantizer = {"kind": "lfq", "dim": 24}
+    perturb = {"beta": 1.0, "delta": 301, "end_ratio": 1.0}
+    run = trainer(images, tmp_path, lines, tokenizer={"quantizer": quantizer}, max_steps=2, perturb=perturb)
+    seen = []
+
+    def watched(tokenizer, indices, **options):
+        moved = type(run.perturbation).forward(run.perturbation, tokenizer, indices, **options)
+        seen.append((indices, moved.indices))
+        return moved
+
+    run.perturbation.forward = watched
+    run.run()
+    run.save()
+    # 301 codes are the code itself, the 24 that differ in one bit and the 276 that differ in two.
+    distances = torch.cat([((old ^ new)[..., None] >> torch.arange(24) & 1).sum(-1).flatten() for old, new in seen])
+    assert distances.unique().tolist() in ([1, 2], [0, 1, 2])
+    assert float((distances == 2).double().mean()) == pytest.approx(276 / 301, abs=0.07)
+    assert lines[-1]["changed"] == pytest.approx(1 - 1 / 301, abs=0.05)
+    assert 0 < lines[-1]["codebook"]["usage"] < 1e-4
+    again = trainer(images, tmp_path, tokenizer={"quantizer": quantizer}, max_steps=2, perturb=perturb)
+    again.resume(tmp_path / "checkpoints" / "step-000002")
+    assert again.meter.health() == run.meter.health()
+
+
+REFUSED = {
+    "latents of 2^24 codes": (
+        {"quantizer": {"kind": "lfq", "dim": 24}, "perturb": {"neighbour_of": "latent", "beta": 1.0, "delta": 4}}, {},
+        "16777216 codes are too many to list one by one (at most 1048576). "
+        "Set tokenizer.perturb.neighbour_of=code, which counts neighbours without listing codes. [MMP-C077]",
+    ),
+    "revival of fixed codes": (
+        {"quantizer": {"kind": "lfq", "dim": 4}}, {"revive_steps": 2},
+        "the codes of quantizer 'LFQuantizer' are fixed, so none can be revived. "
+        "Set train.revive_steps=0. [MMP-C076]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_quantizer_cannot_do_is_refused_before_training(name, images, tmp_path):
+    shape, train, message = REFUSED[name]
     with pytest.raises(MmpostError) as caught:
-        trainer(images, tmp_path, tokenizer={"quantizer": {"kind": "lfq", "dim": 30}})
-    assert caught.value.code in ("MMP-C070", "MMP-C077")
+        trainer(images, tmp_path, tokenizer=shape, perturb=shape.get("perturb"), **train)
+    assert str(caught.value) == message
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_stops_the_third_time(images, tmp_path):
@@ -247,6 +289,25 @@ def test_health_by_hand():
     for code in (0, 1, 2):
         meter.add(torch.full((1, 2), code))
     assert meter.total().tolist() == [[0, 2, 2, 0]]  # the first step has left the window
+
+
+def test_many_codes_are_counted_as_few_are():
+    """The sparse counts of 2^40 codes give the figures that dense counts of the same hits give."""
+    draw = torch.Generator().manual_seed(0)
+    places = torch.randint(0, 9, (5, 4, 2), generator=draw)
+    few, many = CodebookMeter(10, 2, window=3), CodebookMeter(2**40, 2, window=3)
+    for step in places:
+        few.add(step)
+        many.add(step * 7_000_000_001)
+    here, there = few.health(), many.health()
+    assert there.perplexity == pytest.approx(here.perplexity, rel=1e-12)
+    assert there.tokens == here.tokens == 12
+    assert 2 * 2**40 - there.dead == 20 - here.dead
+    assert there.usage * 2**40 == pytest.approx(here.usage * 10)
+    again = CodebookMeter(2**40, 2, window=3)
+    again.load_state_dict(many.state_dict())
+    assert again.health() == there
+    assert CodebookMeter(2**40).health().tokens == 0
 
 
 def test_dead_codes_are_revived_on_latents_of_the_batch(images, tmp_path):

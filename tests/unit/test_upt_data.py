@@ -104,6 +104,18 @@ def test_a_journal_goes_on_behind_its_last_whole_line(tmp_path):
         assert [piece["n"] for piece in again.pieces] == list(range(5))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [(b"[1]", b"[1", 3), (b"[2]", b"\xff", 4), (b"{", b"", 1), (b'{"a": 1}', b"7", 1)],
+)
+def test_a_damaged_line_of_a_journal_is_named(tmp_path, old, new, line):
+    file = tmp_path / "j.jsonl"
+    Journal(file, {"a": 1}).complete(3, lambda number: [number])
+    file.write_bytes(file.read_bytes().replace(old, new))
+    with pytest.raises(MmpostError, match=rf"line {line}: damaged, expected a line of JSON.*MMP-R233"):
+        Journal(file, {"a": 1})
+
+
 def test_a_journal_of_other_work_is_refused(tmp_path):
     Journal(tmp_path / "j.jsonl", {"k": 8, "seed": 0})
     with pytest.raises(MmpostError) as caught:

@@ -88,6 +88,11 @@ class Quantizer(nn.Module):
         """
         raise self.no_neighbours()
 
+    @property
+    def has_neighbours(self) -> bool:
+        """Whether codes have neighbours, so that latents can be perturbed; asked without listing a code."""
+        return type(self).code_vectors is not Quantizer.code_vectors or self.lattice() is not None
+
     def lattice(self) -> tuple[int, ...] | None:
         """Levels per channel if codes are all points of a product of evenly spaced levels, else None.
 
@@ -100,7 +105,7 @@ class Quantizer(nn.Module):
         return MmpostError(
             "MMP-C070",
             f"the codes of quantizer '{type(self).__name__}' have no neighbours, so its latents cannot be perturbed.",
-            "Choose another quantizer, or set perturbation.beta=0.",
+            "Choose another quantizer, or set tokenizer.perturb.beta=0.",
         )
 
     def revive(self, dead: Tensor, z: Tensor, *, generator: torch.Generator) -> int:
@@ -121,10 +126,14 @@ class Quantizer(nn.Module):
         Raises:
             MmpostError: MMP-C076 for a quantizer without a learned codebook.
         """
-        raise MmpostError(
+        raise self.no_revival()
+
+    def no_revival(self) -> MmpostError:
+        """The error for a quantizer whose codes are fixed."""
+        return MmpostError(
             "MMP-C076",
             f"the codes of quantizer '{type(self).__name__}' are fixed, so none can be revived.",
-            "Switch the revival of dead codes off.",
+            "Set train.revive_steps=0.",
         )
 
     def straight_through(self, clean: Quantized, indices: Tensor) -> Tensor:

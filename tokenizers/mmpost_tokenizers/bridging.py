@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmpost.core.errors import MmpostError
 from mmpost_tokenizers import opening
-from mmpost_tokenizers.bridge.levels import MODES, SCHEMES
+from mmpost_tokenizers.bridge.levels import MAX_CUT_OFF, MODES, SCHEMES
 from mmpost_tokenizers.bridge.order import dimension_order, low_frequency_share
 from mmpost_tokenizers.bridge.vae import QuantizedVAETokenizer
 from mmpost_tokenizers.images import ImageSet, from_uint8
@@ -32,7 +32,7 @@ def bridge_vae(
     value_range: float = 5.0,
     scheme: str = "gaussian",
     mode: str = "paper",
-    max_saturation: float = 0.01,
+    max_saturation: float = MAX_CUT_OFF,
 ) -> dict[str, Any]:
     """Make and save the tokenizer of a VAE.
 
@@ -47,11 +47,13 @@ def bridge_vae(
         value_range: Scaled latents of +-this lie at the ends of the level axis.
         scheme: ``gaussian``, ``uniform`` or ``lloyd``.
         mode: ``paper`` or ``channel``.
-        max_saturation: Largest share of latents beyond the levels.
+        max_saturation: Largest share of latents that may be cut off, see ``PostTrainingConfig``; 1 accepts any.
 
     Returns:
         Facts and, with images, ``error``: mean squared error of scaled latents, ``image_error``: of images against
-        those of the VAE alone, and ``saturation``.
+        those of the VAE alone, ``saturation``: share of latents beyond the last level, ``cut_off``: of those, the
+        share that loses more than latents between levels do, ``measured_range`` and ``reach`` in units of the scale.
+        ``notes`` say what was not measured.
 
     Raises:
         MmpostError: MMP-C117 for options that do not fit together, MMP-E080 to MMP-E084, MMP-C090, MMP-C091.
@@ -75,6 +77,8 @@ def bridge_vae(
         "channels": tokenizer.groups,
         "token_grid": list(tokenizer.grid),
         "image_size": tokenizer.config.image_size,
+        "reach": tokenizer.quantizer.reach,
+        "notes": [],
     }
     found = images(tokenizer.config.image_size)
     if found is None and mode != "paper":
@@ -87,17 +91,20 @@ def bridge_vae(
         facts |= quantizing_error(tokenizer, batches)
         if order:
             facts |= _order(tokenizer, batches, out)
+    else:
+        facts["notes"].append("without --data the scale is that of the VAE's configuration and no latent was measured")
     tokenizer.save_pretrained(out)
     return facts
 
 
 @torch.no_grad()
-def quantizing_error(tokenizer: QuantizedVAETokenizer, batches: list[Tensor]) -> dict[str, float]:
+def quantizing_error(tokenizer: QuantizedVAETokenizer, batches: list[Tensor]) -> dict[str, Any]:
     """What quantizing adds to the VAE's own error.
 
     Returns:
         ``error``: mean squared error of latents in units of their standard deviation; ``image_error``: of decoded
-        images in [-1, 1] against those of unquantized latents; ``saturation``: share of latents beyond the levels.
+        images in [-1, 1] against those of unquantized latents; ``saturation``, ``cut_off`` and ``measured_range`` as
+        ``bridge_vae``.
     """
     tokenizer.eval()
     quantizer = tokenizer.quantizer
@@ -110,7 +117,13 @@ def quantizing_error(tokenizer: QuantizedVAETokenizer, batches: list[Tensor]) ->
         latent += float(scaled.square().mean()) * len(batch)
         image += float((tokenizer.decode(quantized) - tokenizer.decode(z)).double().square().mean()) * len(batch)
         count += len(batch)
-    return {"error": latent / count, "image_error": image / count, "saturation": float(quantizer.saturation_rate)}
+    return {
+        "error": latent / count,
+        "image_error": image / count,
+        "saturation": quantizer.saturation_rate,
+        "cut_off": quantizer.cut_off_rate,
+        "measured_range": [round(end, 4) for end in quantizer.measured],
+    }
 
 
 @torch.no_grad()

@@ -27,8 +27,8 @@ from mmpost_tokenizers.statistics import Reference, reference_of
 
 # Shares of tokens that the curve adds to those of the score, at the middle neighbourhood.
 CURVE_ALPHAS = (0.1, 0.2, 0.3, 0.4, 1.0)
-# Codes without neighbours, or too many to list: pFID does not exist for them.
-_NO_NEIGHBOURS = ("MMP-C070", "MMP-C077", "MMP-V077")
+# Codes without neighbours, or fewer than four: pFID does not exist for them.
+_NO_NEIGHBOURS = ("MMP-C070", "MMP-V077")
 _ROUNDING = "round((x + 1) * 127.5), clamped"
 
 
@@ -126,8 +126,8 @@ def evaluate_tokenizer(
 def _settings(tokenizer: DiscreteTokenizer, with_curve: bool) -> tuple[list[Setting], list[Setting], list[str]]:
     """Settings of the score, more for the curve, and a note when there are none."""
     try:
-        if tokenizer.quantizer.lattice() is None:
-            tokenizer.quantizer.code_vectors(0)
+        if not tokenizer.quantizer.has_neighbours:
+            raise tokenizer.quantizer.no_neighbours()
         deltas = deltas_for(tokenizer.codebook_size)
     except MmpostError as error:
         if error.code not in _NO_NEIGHBOURS:

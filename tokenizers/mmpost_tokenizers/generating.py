@@ -11,51 +11,66 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmpost.core.errors import MmpostError
-from mmpost.runs import svg
-from mmpost.runs.folder import RunFolder, Status
+from mmpost.runs.folder import Status
 from mmpost.runs.live import Progress
-from mmpost.runs.page import Drawing, Pictures, Section, write_page
-from mmpost.runs.records import read_json, read_jsonl
+from mmpost.runs.page import Pictures
+from mmpost.runs.records import read_json
 from mmpost.train.loop import Interrupted
 from mmpost_tokenizers import opening
 from mmpost_tokenizers.base import DiscreteTokenizer
 from mmpost_tokenizers.features import on_device
+from mmpost_tokenizers.generator.classes import numbers_of, require_same_names
 from mmpost_tokenizers.generator.evaluate import evaluate_generator
 from mmpost_tokenizers.generator.identity import layout_of, require_same
-from mmpost_tokenizers.generator.model import ClassConditionalGenerator, check_classes
+from mmpost_tokenizers.generator.model import ClassConditionalGenerator
 from mmpost_tokenizers.generator.pretokenize import CODES_FILE, Codes
 from mmpost_tokenizers.generator.sample import Sampling, generate
 from mmpost_tokenizers.generator.train import GeneratorTrainer, new_generator
 from mmpost_tokenizers.images import ImageSet, to_uint8
+from mmpost_tokenizers.inputs import Inputs, forget_after, labelled, open_run, place_of
 from mmpost_tokenizers.options import GeneratorRunConfig
-from mmpost_tokenizers.report import grid_png, score_table
+from mmpost_tokenizers.report import grid_png
+from mmpost_tokenizers.run_pages import decode, sample_blocks, write_generator_page
 from mmpost_tokenizers.session import final_of, open_tokenizer
-from mmpost_tokenizers.statistics import reference_of
 from mmpost_tokenizers.stopping import StopRequest
-from mmpost_tokenizers.using import scoring_features
+from mmpost_tokenizers.using import reference_for, scoring_features
 
 SUMMARY = "summary.json"
 Say = Callable[[int, int], None]
 
 
 def train_generator(
-    config: GeneratorRunConfig, codes: str, held_out: str | None, out: Path, *, config_yaml: str
+    config: GeneratorRunConfig,
+    codes: str,
+    held_out: str | None,
+    out: Path,
+    *,
+    config_yaml: str,
+    tokenizer: str | None = None,
 ) -> dict[str, Any]:
     """Train, or go on, or find it done; returns the summary, which is also in ``summary.json``.
 
+    Args:
+        config: All options.
+        codes: Training codes.
+        held_out: Codes of other images.
+        out: Run folder.
+        config_yaml: Resolved configuration.
+        tokenizer: The tokenizer of the codes, for samples in the report; it does not change the training.
+
     Raises:
-        MmpostError: As ``GeneratorTrainer``.
+        MmpostError: MMP-T070 when the folder holds a run on other codes, and as ``GeneratorTrainer``.
         Interrupted: After Ctrl-C, with a checkpoint written.
     """
     train, other = Codes.open(codes), Codes.open(held_out) if held_out is not None else None
+    shower = open_tokenizer(tokenizer) if tokenizer is not None else None
+    if shower is not None:
+        require_same(layout_of(shower), train.layout, owner="the tokenizer", other="the training codes")
     words = ["mmpost", "generator", "train", codes, "--out", str(out)]
-    folder = RunFolder.open(out, command=words, config_yaml=config_yaml, overwrite=False)
+    folder = open_run(out, _inputs(codes, held_out, tokenizer, train, other), words=words, config_yaml=config_yaml)
     if folder.finished:
         return read_json(out / SUMMARY)
-    if not folder.checkpoints():
-        folder.truncate({"metrics.jsonl": 0, "events.jsonl": 0}, 0)
-    progress = Progress(config.log.progress)
+    progress = Progress(config.log.progress, report=out / "report.html")
     model = new_generator(config.model, train, seed=config.train.seed).to(opening.device())
 
     def report(seen: dict[str, float]) -> None:
@@ -68,13 +83,15 @@ def train_generator(
     try:
         with StopRequest(progress) as stop:
             trainer = GeneratorTrainer(model, train, other, config.train, folder=out, report=report, stop=stop)
+            forget_after(folder, trainer.step)
             progress.start(trainer.total, f"{out.name}: {config.model.size} generator", first_step=trainer.step)
             summary = trainer.run()
         if not summary["finished"]:
             status = "interrupted"
             raise Interrupted
         (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
-        _write_page(out, summary)
+        samples = sample_blocks(model, shower, config.train.seed) if shower is not None else []
+        write_generator_page(out, summary, samples)
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -85,19 +102,13 @@ def train_generator(
     return summary
 
 
-def _write_page(out: Path, summary: dict[str, Any]) -> None:
-    rows, _ = read_jsonl(out / "metrics.jsonl")
-    lines = []
-    for name in ("nll", "held_out_nll"):
-        points = [(float(row["step"]), float(row[name])) for row in rows if row.get(name) is not None]
-        if points:
-            lines.append(svg.Series(name, [x for x, _ in points], [y for _, y in points]))
-    chart = svg.line_chart(lines, title="nats per code")
-    sections = [
-        Section("Likelihood", [score_table(summary, title="Nats per code")]),
-        Section("Training", [Drawing(chart, title="Nats per code")] if chart else []),
-    ]
-    write_page(out / "report.html", title=out.name, sections=sections, subtitle="mmpost generator")
+def _inputs(codes: str, held_out: str | None, tokenizer: str | None, train: Codes, other: Codes | None) -> Inputs:
+    paths = {"codes": codes, "held_out": held_out, "tokenizer": tokenizer}
+    marks = labelled(train.marks(), "the training codes")
+    if other is not None:
+        marks |= labelled(other.marks(), "the held-out codes")
+    found = {name: place_of(path) for name, path in paths.items() if path is not None}
+    return Inputs("generator train", found, marks)
 
 
 def open_generator(path: str, tokenizer: DiscreteTokenizer) -> ClassConditionalGenerator:
@@ -124,20 +135,21 @@ def sample_images(
     """Draw images into a folder: ``NUMBER-CLASS.png``, ``codes.safetensors`` and ``sheet.png``; returns their number.
 
     Raises:
-        MmpostError: MMP-C117 for classes that are no numbers, MMP-C105 for numbers that are no classes.
+        MmpostError: MMP-C117 for words that are neither names nor numbers, MMP-C105 for numbers that are no classes.
     """
     opened = open_tokenizer(tokenizer)
     model = open_generator(generator, opened)
-    chosen = _classes(classes, model.config.num_classes)
+    chosen = numbers_of(classes, model.config.class_names, model.config.num_classes)
     labels = torch.tensor([number for number in chosen for _ in range(per_class)])
-    check_classes(labels, model.config.num_classes)
     codes = generate(model, labels, sampling=sampling, progress=progress)
     images = decode(opened, codes, sampling.batch_size)
     out.mkdir(parents=True, exist_ok=True)
     keys = [f"{number:06d}-{label}" for number, label in enumerate(labels.tolist())]
     for key, image in zip(keys, to_uint8(images), strict=True):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / f"{key}.png")
-    Codes(model.config.layout, codes[:, None].to(torch.int32), labels, keys).save(out / CODES_FILE)
+    Codes(model.config.layout, codes[:, None].to(torch.int32), labels, keys, model.config.class_names).save(
+        out / CODES_FILE
+    )
     (out / "sheet.png").write_bytes(grid_png(images[: per_class * 50], columns=per_class))
     return len(keys)
 
@@ -155,12 +167,13 @@ def evaluate_samples(
     """Scores of drawn images against real ones, classes in turn; names follow the honesty rule.
 
     Raises:
-        MmpostError: What ``evaluate_generator`` raises.
+        MmpostError: MMP-C119 for images with classes of other names; what ``evaluate_generator`` raises.
     """
     opened = open_tokenizer(tokenizer)
     model = open_generator(generator, opened)
+    require_same_names(model.config.class_names, images.classes, owner="the generator", other="the images")
     extractor = on_device(scoring_features(tokenizer, features), opening.device())
-    reference = reference_of(images, extractor, batch_size=sampling.batch_size, device=opening.device())
+    reference = reference_for(images, extractor, batch_size=sampling.batch_size)
     return evaluate_generator(
         model,
         opened,
@@ -174,22 +187,6 @@ def evaluate_samples(
     )
 
 
-@torch.no_grad()
-def decode(tokenizer: DiscreteTokenizer, codes: Tensor, batch_size: int = 64) -> Tensor:
-    """Images ``[N, 3, S, S]`` in [-1, 1], on the CPU."""
-    device = next(tokenizer.parameters()).device
-    return torch.cat([tokenizer.detokenize(part.long().to(device)).cpu() for part in codes.split(batch_size)])
-
-
 def samples_block(tokenizer: DiscreteTokenizer, codes: Tensor, title: str, columns: int) -> Pictures:
     """Generated images for a page."""
     return Pictures([(title, grid_png(decode(tokenizer, codes), columns=columns))], title=title)
-
-
-def _classes(text: str, count: int) -> list[int]:
-    if text == "all":
-        return list(range(count))
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise MmpostError("MMP-C117", f"--classes {text} is no list of numbers.", "Write 3,7 or all.") from error

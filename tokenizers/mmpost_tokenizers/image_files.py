@@ -1,5 +1,8 @@
 """Which image files a folder or list stands for, and which can be used: all are looked at before training.
 
+Looking means decoding, unless there are many files: see ``check_files``. A file that was once decoded is not decoded
+again while its size and time of change stay (``decoded``).
+
 Conversions are those of ``mmpost.media.image`` (upright, transparency on white, CMYK to RGB, 16 bits scaled to 8 and
 never clipped); what was converted is counted in remarks.
 """
@@ -11,7 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,13 +23,16 @@ from PIL import Image
 from mmpost.core.errors import MmpostError
 from mmpost.data.files import missing_source
 from mmpost.media import image as media
+from mmpost_tokenizers.decoded import Decoded, Facts
 
 SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
 )  # fmt: skip
 OnBad = Literal["error", "quarantine"]
-Depth = Literal["decode", "header"]
+Depth = Literal["auto", "decode", "header"]
 
+# Files that ``auto`` decodes before anything else happens: a minute or two with eight threads.
+DECODE_UP_TO = 20_000
 _LISTED = 100
 _PNG = b"\x89PNG\r\n\x1a\n"
 _THREADS = 8
@@ -141,8 +147,22 @@ def list_file(path: Path) -> Listing:
     return Listing(tuple(files), tuple(str(number) for number in range(highest + 1)))
 
 
+def thinned(listing: Listing, limit: int | None) -> Listing:
+    """``limit`` files evenly spread over the listing, which may be sorted by class; all of them for None."""
+    count = len(listing.files)
+    if limit is None or limit >= count:
+        return listing
+    return replace(listing, files=tuple(listing.files[at * count // limit] for at in range(limit)))
+
+
 def check_files(
-    listing: Listing, *, on_bad: OnBad, min_side: int, depth: Depth, quarantine_file: Path | None = None
+    listing: Listing,
+    *,
+    on_bad: OnBad,
+    min_side: int,
+    depth: Depth,
+    quarantine_file: Path | None = None,
+    cache: Path | None = None,
 ) -> Checked:
     """Look at every file.
 
@@ -151,19 +171,29 @@ def check_files(
         on_bad: ``error`` refuses the whole list when a file is bad; ``quarantine`` leaves bad files out.
         min_side: Images with a shorter side in pixels are bad.
         depth: ``decode`` decodes every file completely; ``header`` trusts what is behind the header, so that a damaged
-            file ends the run when its turn comes.
+            file ends the run when its turn comes; ``auto`` decodes up to ``DECODE_UP_TO`` files, and any number of them
+            where bad files are to be left out, and otherwise trusts headers and says so in a remark.
         quarantine_file: JSON lines of the bad files are written there.
+        cache: Folder that remembers which files were decoded without fault; None decodes them every time.
 
     Raises:
         MmpostError: MMP-D071, which lists the bad files; MMP-D073 when no file is good.
     """
+    if depth == "auto":
+        few = len(listing.files) <= DECODE_UP_TO
+        depth = "decode" if few or on_bad == "quarantine" else "header"
+        trusted = depth == "header"
+    else:
+        trusted = False
+    known = Decoded.open(cache, [file.path for file in listing.files]) if depth == "decode" else Decoded()
     with ThreadPoolExecutor(_THREADS) as pool:  # decoders release the lock of the interpreter
-        looks = list(pool.map(lambda file: _look(file, min_side, depth), listing.files))
+        looks = list(pool.map(lambda file: _look(file, min_side, depth, known), listing.files))
+    known.save()
     pairs = list(zip(listing.files, looks, strict=True))
     bad = tuple((file.key, look) for file, look in pairs if isinstance(look, MmpostError))
     good = tuple(file for file, look in pairs if not isinstance(look, MmpostError))
     if bad and quarantine_file is not None:
-        _write_bad(quarantine_file, bad)
+        write_bad(quarantine_file, bad)
     if bad and on_bad == "error":
         raise _refusal(bad, len(looks))
     if not good:
@@ -173,21 +203,28 @@ def check_files(
     if bad:
         kept = f"; they are listed in {quarantine_file}" if quarantine_file is not None else ""
         notes.insert(0, f"{len(bad)} of {len(looks)} images cannot be used and were left out{kept}")
+    if trusted:
+        notes.insert(0, f"{len(looks)} images: only their headers were looked at; check=decode looks inside first")
     return Checked(Listing(good, listing.classes, (*listing.notes, *notes)), bad)
 
 
-def _look(file: Listed, min_side: int, depth: Depth) -> MmpostError | tuple[str, ...]:
+def _look(file: Listed, min_side: int, depth: Depth, known: Decoded) -> MmpostError | tuple[str, ...]:
     """The error of a file, or what is converted in it."""
+    found = known.facts(file.path)
     try:
-        width, height = media.size(file.path)
-        if min(width, height) < min_side:
-            what = f"image '{file.path}' is {width} x {height} px; the shorter side must have {min_side}."
-            return MmpostError("MMP-D074", what, "Leave it out")
-        if depth == "decode":
-            media.load(file.path)
+        if found is None:
+            width, height = media.size(file.path)
+            if min(width, height) >= min_side and depth == "decode":
+                media.load(file.path)
+            found = Facts(width, height, _traits(file.path))
     except MmpostError as error:
         return error
-    return _traits(file.path)
+    if min(found.width, found.height) < min_side:
+        what = f"image '{file.path}' is {found.width} x {found.height} px; the shorter side must have {min_side}."
+        return MmpostError("MMP-D074", what, "Leave it out")
+    if depth == "decode":
+        known.add(file.path, found)
+    return found.traits
 
 
 def _traits(path: str) -> tuple[str, ...]:
@@ -218,7 +255,8 @@ def _refusal(bad: Sequence[tuple[str, MmpostError]], total: int, *, none_left: b
     return MmpostError("MMP-D071", f"{len(bad)} of {total} images cannot be used:\n{listed}", fix)
 
 
-def _write_bad(path: Path, bad: Sequence[tuple[str, MmpostError]]) -> None:
+def write_bad(path: Path, bad: Sequence[tuple[str, MmpostError]]) -> None:
+    """List bad files as JSON lines: ``file``, ``code``, ``why``."""
     rows = [json.dumps({"file": key, "code": error.code, "why": error.what}, ensure_ascii=False) for key, error in bad]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +27,23 @@ from mmpost.data.files import missing_source
 from mmpost.media import image as media
 from mmpost_tokenizers import sheets
 from mmpost_tokenizers.features import file_digest
-from mmpost_tokenizers.image_files import Checked, Depth, Listed, Listing, OnBad, check_files, list_file, list_folder
+from mmpost_tokenizers.image_files import (
+    Checked,
+    Depth,
+    Listed,
+    Listing,
+    OnBad,
+    check_files,
+    list_file,
+    list_folder,
+    thinned,
+)
 
 Crop = Literal["center", "random", "pad"]
 Item = tuple[Tensor, int, str]
 PHOTOS = "sklearn:photos"
+# Name of a mark of ``ImageSet.marks``.
+CONTENTS = "contents of images (size or time of a file)"
 LIST_SUFFIXES = (".txt", ".tsv", ".lst")
 
 
@@ -43,6 +56,10 @@ class PixelSource(Protocol):
 
     def digest(self, index: int) -> str:
         """Hash of what is read."""
+        ...
+
+    def stamp(self, index: int) -> str:
+        """What changes when a picture does, without reading files."""
         ...
 
 
@@ -60,6 +77,14 @@ class FilePixels:
         """SHA-256 of the file."""
         return file_digest(Path(self.paths[index]))
 
+    def stamp(self, index: int) -> str:
+        """Size in bytes and time of change."""
+        try:
+            found = os.stat(self.paths[index])
+        except OSError:
+            return "gone"
+        return f"{found.st_size} {found.st_mtime_ns}"
+
 
 @dataclass(frozen=True, slots=True)
 class ArrayPixels:
@@ -74,6 +99,10 @@ class ArrayPixels:
     def digest(self, index: int) -> str:
         """SHA-256 of the pixels."""
         return hashlib.sha256(self.array[index].tobytes()).hexdigest()
+
+    def stamp(self, index: int) -> str:
+        """That of ``digest``."""
+        return self.digest(index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +201,32 @@ class ImageSet(Dataset[Item]):
             total.update(f"{self.source.digest(index)}\n".encode())
         return total.hexdigest()
 
+    def marks(self) -> dict[str, str]:
+        """What tells this set from another, in words and without reading files, for ``inputs``.
+
+        A file stands for its name, size and time of change.
+        """
+        seed = self.seed if self.is_random else "-"
+        return {
+            "number of images": str(len(self)),
+            "names of images": _hashed(self.keys),
+            "classes of images": _hashed([*map(str, self.labels), *self.classes]),
+            "size, crop or flip": _hashed([str(self.cutting), str(seed)]),
+            CONTENTS: self.contents(range(len(self))),
+        }
+
+    def contents(self, rows: Sequence[int]) -> str:
+        """The mark of what some pictures show."""
+        return _hashed([self.source.stamp(row) for row in rows])
+
     @property
     def is_random(self) -> bool:
         """True when an item depends on the epoch."""
         return self.cutting.crop == "random" or self.cutting.flip
+
+
+def _hashed(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def from_uint8(images: Tensor) -> Tensor:
@@ -204,6 +255,8 @@ def images_from(
     min_side: int = 8,
     depth: Depth = "decode",
     quarantine_file: Path | None = None,
+    limit: int | None = None,
+    cache: Path | None = None,
 ) -> ImageSet:
     """Open pictures; every file is looked at first.
 
@@ -220,6 +273,8 @@ def images_from(
         min_side: Shortest side that a file may have, in pixels.
         depth: See ``check_files``.
         quarantine_file: Where the list of bad files goes.
+        limit: Look at and use only this many of the files, evenly spread; pictures in memory are never thinned here.
+        cache: See ``check_files``.
 
     Raises:
         MmpostError: MMP-D030 no such source, MMP-D033 no such split, MMP-D070 to MMP-D076 as their functions say.
@@ -231,8 +286,14 @@ def images_from(
     if isinstance(source, str | Path) and Path(source).suffix.lower() == ".json":
         pieces = sheets.read_sheets(Path(source), split)
         return images_from_arrays(pieces.pixels, pieces.labels, cutting=cutting, seed=seed, **pieces.rest)
-    listing = _listing(source, split)
-    checked = check_files(listing, on_bad=on_bad, min_side=min_side, depth=depth, quarantine_file=quarantine_file)
+    checked = check_files(
+        thinned(_listing(source, split), limit),
+        on_bad=on_bad,
+        min_side=min_side,
+        depth=depth,
+        quarantine_file=quarantine_file,
+        cache=cache,
+    )
     return _of_files(checked, cutting, seed)
 
 

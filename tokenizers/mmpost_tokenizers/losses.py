@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 from torch.nn import functional
 
 from mmpost.core.errors import MmpostError
+from mmpost_tokenizers.features import file_digest
 
 # Limits of the adaptive weight of the adversarial term (VQGAN).
 ADAPTIVE_MAX, ADAPTIVE_EPS = 1e4, 1e-4
 LECAM_DECAY = 0.999
+# How the hash of torchvision's VGG16 file begins (vgg16-397923af.pth): the trunk that the LPIPS heads were made for.
+VGG_TRUNK = "397923af"
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -44,10 +49,12 @@ def adaptive_weight(likelihood: Tensor, adversarial: Tensor, last_layer: Tensor)
         likelihood: Reconstruction plus perceptual loss, a scalar whose graph is kept.
         adversarial: Generator loss, likewise.
         last_layer: Weight of the decoder's last layer; both losses depend on it.
+
+    With several processes the gradients are those of the whole batch, so that all take the same weight.
     """
     (of_likelihood,) = torch.autograd.grad(likelihood, last_layer, retain_graph=True)
     (of_adversarial,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    ratio = of_likelihood.norm() / (of_adversarial.norm() + ADAPTIVE_EPS)
+    ratio = _process_mean(of_likelihood).norm() / (_process_mean(of_adversarial).norm() + ADAPTIVE_EPS)
     return ratio.clamp(0.0, ADAPTIVE_MAX).detach()
 
 
@@ -68,9 +75,9 @@ class LeCam(nn.Module):
 
     @torch.no_grad()
     def update(self, real_logits: Tensor, fake_logits: Tensor) -> None:
-        """Move the running means towards the means of this batch."""
-        self.real.lerp_(real_logits.mean().to(self.real), 1 - self.decay)
-        self.fake.lerp_(fake_logits.mean().to(self.fake), 1 - self.decay)
+        """Move the running means towards the means of this batch, of all processes."""
+        self.real.lerp_(_process_mean(real_logits.mean()).to(self.real), 1 - self.decay)
+        self.fake.lerp_(_process_mean(fake_logits.mean()).to(self.fake), 1 - self.decay)
 
     def forward(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         """The penalty, a scalar >= 0; the running means are constants in it."""
@@ -116,6 +123,28 @@ def semantic_loss(tokens: Tensor, features: Tensor, *, scale: float = 1.0, norma
     return 0.5 * (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target))
 
 
+def of_all_processes(rows: Tensor) -> Tensor:
+    """Rows ``[B, ...]`` of all processes, by rank; their gradients come back to the process they belong to.
+
+    Every process then computes the same loss and gets, for its own rows, the sum of the gradients of all of them: world
+    times that of the one loss. The mean over processes, which DDP takes of weights, is therefore the gradient itself.
+    """
+    return torch.cat(all_gather(rows.contiguous())) if _several() else rows
+
+
+def _process_mean(value: Tensor) -> Tensor:
+    """Mean over processes of a tensor without gradient."""
+    if not _several():
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 class DeepFeatureLoss(nn.Module):
     """Distance of channel-normalised features of a small convolutional net with fixed random weights.
 
@@ -155,14 +184,17 @@ class DeepFeatureLoss(nn.Module):
 class LPIPSLoss(nn.Module):
     """LPIPS with a VGG16 trunk; the published linear heads come with torchmetrics, the trunk is a file of the user.
 
+    Attributes:
+        name: ``lpips`` only with torchvision's published trunk, recognised by its hash; with other weights of that
+            layout ``vgg16_layout_HASH``, since the heads were made for the published ones.
+        sha256: Of the trunk's file.
+
     Args:
         trunk: torchvision's ``vgg16`` weights (``vgg16-397923af.pth``).
 
     Raises:
-        MmpostError: MMP-C112 without that file.
+        MmpostError: MMP-C112 without that file, or when it holds something else.
     """
-
-    name = "lpips"
 
     def __init__(self, trunk: str | Path) -> None:
         super().__init__()
@@ -174,12 +206,21 @@ class LPIPSLoss(nn.Module):
                 f"losses.perceptual is lpips, but there is no file '{trunk}' with the VGG16 trunk.",
                 "Set losses.perceptual_weights to vgg16-397923af.pth, or losses.perceptual=features.",
             )
+        self.sha256 = file_digest(Path(trunk))
+        published = self.sha256.startswith(VGG_TRUNK)
+        self.name = "lpips" if published else f"vgg16_layout_{self.sha256[:8]}"
         self.net = _LPIPS(pretrained=True, net="vgg", pnet_rand=True, eval_mode=True)
-        state = torch.load(trunk, map_location="cpu", weights_only=True)
-        wanted = {name.removeprefix("features."): value for name, value in state.items() if name.startswith("features")}
         own = self.net.net.state_dict()
-        # The slices of the trunk keep torchvision's layer numbers behind their own names.
-        self.net.net.load_state_dict({name: wanted[name.split(".", 1)[1]] for name in own})
+        try:
+            state = torch.load(trunk, map_location="cpu", weights_only=True)
+            # The slices of the trunk keep torchvision's layer numbers behind their own names.
+            self.net.net.load_state_dict({name: state[f"features.{name.split('.', 1)[1]}"] for name in own})
+        except Exception as error:  # torch raises whatever pickle, zipfile or struct raised
+            raise MmpostError(
+                "MMP-C112",
+                f"'{trunk}' holds no VGG16 trunk: {type(error).__name__}.",
+                "Set losses.perceptual_weights to vgg16-397923af.pth, or losses.perceptual=features.",
+            ) from error
         self.requires_grad_(False)
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:

@@ -137,8 +137,8 @@ class Objective(nn.Module):
         likelihood = options.reconstruction_weight * pixel
         if self.perceptual is not None and options.perceptual_weight:
             distance = self.perceptual(output, images)
-            # The name says what it is: "lpips", or "features" where its weights are missing.
-            parts[options.perceptual] = distance
+            # The name says what it is: "lpips" with the published weights alone.
+            parts[str(self.perceptual.name)] = distance
             likelihood = likelihood + options.perceptual_weight * distance
         total = likelihood
         for name, value in done.losses.items():
@@ -148,8 +148,12 @@ class Objective(nn.Module):
             fits = isinstance(project, nn.Linear) and project.in_features == self.guide.dim
             projection = project if fits and project is not None else self.projection
             assert projection is not None
+            # Means over positions first: little is then exchanged.
+            pooled = done.latents.reshape(len(done.latents), -1, done.latents.shape[-1]).mean(1)
             parts["semantic"] = losses.semantic_loss(
-                done.latents, projection(self.guide(images)), normalise=options.semantic_normalise
+                losses.of_all_processes(pooled)[:, None],
+                losses.of_all_processes(projection(self.guide(images))),
+                normalise=options.semantic_normalise,
             )
             total = total + options.semantic * parts["semantic"]
         if adversarial and self.discriminator is not None:

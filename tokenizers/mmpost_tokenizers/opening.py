@@ -17,6 +17,7 @@ from mmpost.core.catalog import Catalog
 from mmpost.core.errors import MmpostError
 from mmpost_tokenizers import TOKENIZERS
 from mmpost_tokenizers.base import DiscreteTokenizer, TokenizerConfig, build_tokenizer
+from mmpost_tokenizers.decoded import cache_folder
 from mmpost_tokenizers.features import WEIGHTS_VARIABLE, FeatureExtractor, open_extractor
 from mmpost_tokenizers.images import ImageSet, Item, PixelSource, from_uint8, images_from
 from mmpost_tokenizers.options import CNNSettings, ImageSource, ImagesSection, ViTSettings
@@ -46,6 +47,11 @@ class _Picked:
         which, place = self.places[index]
         return self.sources[which].digest(place)
 
+    def stamp(self, index: int) -> str:
+        """See ``PixelSource``."""
+        which, place = self.places[index]
+        return self.sources[which].stamp(place)
+
 
 def open_images(
     sources: Sequence[ImageSource],
@@ -63,7 +69,7 @@ def open_images(
 
     Args:
         sources: At least one.
-        section: Crop, flip, and what happens to bad files.
+        section: Crop, flip, how files are looked at, and what happens to bad ones.
         size: Side of the squares in pixels.
         seed: Of random crops and flips.
         training: False cuts the centre and mirrors nothing, whatever the section says about training.
@@ -91,6 +97,9 @@ def open_images(
                 seed=seed,
                 on_bad=section.on_bad_image,
                 quarantine_file=quarantine_file,
+                depth=section.check,
+                limit=source.limit,
+                cache=cache_folder(),
             )
         except MmpostError as error:
             # Below, the option has the name of the function's argument.
@@ -103,12 +112,20 @@ def pick(images: ImageSet, limit: int | None) -> ImageSet:
     """``limit`` pictures evenly spread over the set, which may be sorted by class; all of them for None."""
     if limit is None or limit >= len(images):
         return images
-    chosen = [at * len(images) // limit for at in range(limit)]
+    return chosen(images, [at * len(images) // limit for at in range(limit)])
+
+
+def chosen(images: ImageSet, rows: Sequence[int]) -> ImageSet:
+    """The pictures ``rows`` of a set, in this order."""
+    kept: dict[str, Any] = {}
+    if isinstance(images, _Resident) and images.squares is not None:
+        kept["squares"] = images.squares[list(rows)]
     return replace(
         images,
-        source=_Picked((images.source,), tuple((0, at) for at in chosen)),
-        keys=tuple(images.keys[at] for at in chosen),
-        labels=tuple(images.labels[at] for at in chosen),
+        source=_Picked((images.source,), tuple((0, at) for at in rows)),
+        keys=tuple(images.keys[at] for at in rows),
+        labels=tuple(images.labels[at] for at in rows),
+        **kept,
     )
 
 

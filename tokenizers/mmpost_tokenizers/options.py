@@ -238,6 +238,11 @@ class ImagesSection(Settings):
     on_bad_image: Literal["error", "quarantine"] = Field(
         "error", description="faulty files: stop, or leave out and write to bad_rows.jsonl"
     )
+    check: Literal["auto", "decode", "header"] = Field(
+        "auto",
+        description="before the start; decode: every file, once while its size and time stay; header: a damaged file "
+        "ends the run when its turn comes; auto: decode 20,000 files or fewer, or with quarantine, else header",
+    )
     workers: int = Field(0, ge=0, description="processes that decode ahead; 0 = in the training process")
 
 
@@ -278,6 +283,10 @@ class TokenizerEvalSection(Settings):
         "auto",
         description="what compares images: a weights file, classifier, random-conv; auto: MMPOST_FEATURE_WEIGHTS, else "
         "a classifier of the training labels, else random-conv; the score's name says which",
+    )
+    perceptual: str = Field(
+        "auto",
+        description="auto or features: layers of the network that scores; none; a file of the VGG16 trunk, for LPIPS",
     )
     curves: bool = Field(False, description="also scores at further shares of perturbed tokens, for the curve")
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,15 +25,20 @@ from torch import Tensor, nn
 
 from mmpost.core.errors import MmpostError
 from mmpost_tokenizers.base import DiscreteTokenizer
-from mmpost_tokenizers.batches import evaluation_batches
+from mmpost_tokenizers.batches import Batch, evaluation_batches
 from mmpost_tokenizers.features import weights_digest
+from mmpost_tokenizers.generator.classes import check_classes, require_same_names
 from mmpost_tokenizers.generator.identity import layout_of, require_same
-from mmpost_tokenizers.generator.model import CodeLayout, TokenGenerator, check_classes
+from mmpost_tokenizers.generator.layout import CodeLayout
+from mmpost_tokenizers.generator.model import TokenGenerator
 from mmpost_tokenizers.generator.sample import Sampling, generate
 from mmpost_tokenizers.images import ImageSet, from_uint8, to_uint8
+from mmpost_tokenizers.opening import chosen
 
 PairMode = Literal["reencode", "direct"]
 _NAMES = ("inputs", "real", "mixed")
+# Images whose pairs are lost at most when a call is ended: minutes of a GPU at 256 codes an image.
+BLOCK = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,11 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def subset(self, rows: Sequence[int]) -> Pairs:
+        """Some of the pairs; ``kept`` and ``drift`` stay those of all."""
+        places, images = list(rows), chosen(self.images, rows)
+        return replace(self, inputs=self.inputs[places], real=self.real[places], images=images)
+
 
 def make_pairs(
     images: ImageSet,
@@ -88,11 +99,13 @@ def make_pairs(
         batch_size: Images tokenized together.
         workers: Processes that decode images.
         cache: File that keeps the codes for the next call with the same arguments; anything else in it is replaced.
+            Until all are made, blocks of ``BLOCK`` images lie beside it, so that a call that was ended goes on.
         progress: Called with images done and images in all.
 
     Raises:
         MmpostError: MMP-C102 when the generator belongs to another tokenizer, MMP-C104 for sigma outside (0, 1],
-            MMP-C105 for images without a class that the generator knows, MMP-T074 for random crops or flips.
+            MMP-C105 for images without a class that the generator knows, MMP-C119 for classes of other names, MMP-T074
+            for random crops or flips.
     """
     check_sigma(sigma)
     layout = layout_of(tokenizer)
@@ -103,14 +116,47 @@ def make_pairs(
             "the images of the pairs are cut or flipped at random; codes and image would not show the same.",
             "Open them with crop=center and flip=false",
         )
+    names = generator.config.class_names
+    require_same_names(names, images.classes, owner="the generator", other="the images of the pairs")
     check_classes(torch.tensor(images.labels), generator.config.num_classes)
     about = _about(images, tokenizer, generator, sigma, pair_mode, sampling)
     if cache is not None and (kept := _read(cache, about)) is not None:
         return _pairs(layout, images, sigma, pair_mode, *kept)
+    parts = []
+    for start in range(0, len(images), BLOCK):
+        rows = range(start, min(start + BLOCK, len(images)))
+        file = None if cache is None else cache.with_name(f"{cache.name}.{start:09d}")
+        part = None if file is None else _read(file, about)
+        if part is None:
+            some = evaluation_batches(chosen(images, rows), batch_size=batch_size, workers=workers)
+            seen = None if progress is None else partial(_advance, progress, len(images))
+            part = _block(some, start, tokenizer, generator, sigma, pair_mode, sampling, seen)
+            if file is not None:
+                _write(file, part, about)
+        parts.append(part)
+    tensors = [torch.cat([part[number] for part in parts]) for number in range(len(_NAMES))]
+    if cache is not None:
+        _write(cache, tensors, about)
+        for file in cache.parent.glob(f"{cache.name}.{'[0-9]' * 9}"):
+            file.unlink()
+    return _pairs(layout, images, sigma, pair_mode, *tensors)
+
+
+def _block(
+    batches: Iterable[Batch],
+    first: int,
+    tokenizer: DiscreteTokenizer,
+    generator: TokenGenerator,
+    sigma: float,
+    pair_mode: PairMode,
+    sampling: Sampling,
+    seen: Callable[[int], None] | None,
+) -> list[Tensor]:
+    """Tensors of ``_NAMES`` of neighbouring images, the first of which has the number ``first``."""
     device = next(tokenizer.parameters()).device
     real, mixed, inputs = [], [], []
-    done = 0
-    for pictures, labels, _ in evaluation_batches(images, batch_size=batch_size, workers=workers):
+    done = first
+    for pictures, labels, _ in batches:
         codes = tokenizer.tokenize(pictures.to(device)).cpu()
         numbers = np.arange(done, done + len(codes))
         mixture = generate(generator, labels, sampling=sampling, numbers=numbers, forced_tokens=codes, keep_prob=sigma)
@@ -118,15 +164,13 @@ def make_pairs(
         mixed.append(mixture)
         inputs.append(reencode(tokenizer, mixture) if pair_mode == "reencode" else mixture)
         done += len(codes)
-        if progress is not None:
-            progress(done, len(images))
-    tensors = torch.cat(inputs).int(), torch.cat(real).int(), torch.cat(mixed).int()
-    if cache is not None:
-        partial = cache.with_name(f"{cache.name}.partial")
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(zip(_NAMES, tensors, strict=True)), partial, {"about": about})
-        partial.replace(cache)
-    return _pairs(layout, images, sigma, pair_mode, *tensors)
+        if seen is not None:
+            seen(done)
+    return [torch.cat(found).int() for found in (inputs, real, mixed)]
+
+
+def _advance(progress: Callable[[int, int], None], total: int, done: int) -> None:
+    progress(done, total)
 
 
 def _pairs(
@@ -145,13 +189,21 @@ def _about(
     sampling: Sampling,
 ) -> str:
     """Hash of everything that decides about the pairs."""
-    total = hashlib.sha256(json.dumps([images.fingerprint, sigma, pair_mode, list(images.labels)]).encode())
+    total = hashlib.sha256(json.dumps([images.marks(), sigma, pair_mode]).encode())
     total.update(str(replace(sampling, batch_size=1)).encode())
     # The decoder too: it makes the images that are tokenized again.
     for module in (tokenizer, generator):
         assert isinstance(module, nn.Module)
         total.update(weights_digest(module.state_dict()).encode())
     return total.hexdigest()
+
+
+def _write(file: Path, tensors: Sequence[Tensor], about: str) -> None:
+    """Write whole or not at all."""
+    scratch = file.with_name(f"{file.name}.partial")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(dict(zip(_NAMES, tensors, strict=True)), scratch, {"about": about})
+    scratch.replace(file)
 
 
 def _read(cache: Path, about: str) -> list[Tensor] | None:

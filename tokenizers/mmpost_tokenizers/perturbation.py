@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mmpost.core.errors import MmpostError
 from mmpost_tokenizers.base import DiscreteTokenizer, Quantizer
+from mmpost_tokenizers.quantizers.binary import MAX_LISTED, too_many
 from mmpost_tokenizers.quantizers.neighbours import lattice_neighbours, nearest_codes, nearest_to
 
 Variant = Literal["paper", "released"]
@@ -180,7 +181,24 @@ class LatentPerturbation(nn.Module):
             replaced[part] = replaced[part].masked_scatter(chosen, found)
         return PerturbationOutput(replaced, selected, replaced != indices, image_mask)
 
+    def check(self, quantizer: Quantizer) -> None:
+        """Refuse a quantizer that cannot be perturbed; nothing is listed or drawn.
+
+        Neighbours of a code of LFQ, BSQ or FSQ are counted by their distance on the lattice, however many codes there
+        are. Neighbours of a latent are not: their distances are real numbers without common steps, so the codes have
+        to be listed.
+
+        Raises:
+            MmpostError: MMP-C070 when the codes have no neighbours, MMP-C072, MMP-C073 and MMP-C077 as ``forward``.
+        """
+        if not quantizer.has_neighbours:
+            raise quantizer.no_neighbours()
+        self._check_codes(quantizer, self.delta)
+
     def _check_codes(self, quantizer: Quantizer, delta: int) -> None:
+        lattice = quantizer.lattice() is not None
+        if self.neighbour_of == "latent" and lattice and quantizer.codebook_size > MAX_LISTED:
+            raise too_many(quantizer.codebook_size)
         if self.variant == "released" and (quantizer.groups > 1 or quantizer.config.kind == "multi_scale"):
             what = f"perturbation.variant=released leaves quantizer '{quantizer.config.kind}' unperturbed."
             raise MmpostError("MMP-C073", what, "Set perturbation.variant=paper.")

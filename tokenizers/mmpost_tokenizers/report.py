@@ -12,12 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmpost.core.errors import MmpostError
 from mmpost.runs import svg
 from mmpost.runs.page import Block, Drawing, Paragraph, Pictures, Section, Table, Tiles, write_page
 from mmpost.runs.records import flatten, is_number
 from mmpost_tokenizers.base import DiscreteTokenizer
-from mmpost_tokenizers.health import Health, count, health_of
+from mmpost_tokenizers.health import Health, count, health_of, hits_of, merged
 from mmpost_tokenizers.images import to_uint8
 from mmpost_tokenizers.perturbation import LatentPerturbation, scaled_delta
 
@@ -86,29 +85,30 @@ def picture_grids(tokenizer: DiscreteTokenizer, images: Tensor, *, seed: int = 0
 
 def has_neighbours(tokenizer: DiscreteTokenizer) -> bool:
     """Whether the codes of a tokenizer can be perturbed."""
-    try:
-        tokenizer.quantizer.code_vectors(0)
-    except MmpostError:
-        return False
-    return True
+    return tokenizer.quantizer.has_neighbours
 
 
 def token_counts(tokenizer: DiscreteTokenizer, batches: Sequence[Tensor]) -> Tensor:
     """Hits ``[groups, codebook_size]`` over batches of images."""
     device = next(tokenizer.parameters()).device
     parts = [count(tokenizer.tokenize(b.to(device)), tokenizer.codebook_size, tokenizer.groups) for b in batches]
-    return torch.stack(parts).sum(0).cpu()
+    return merged(parts).cpu()
 
 
 def usage_blocks(counts: Tensor) -> list[Block]:
     """Tiles and drawings of how codes are used, from ``counts`` ``[groups, codebook_size]``."""
     health: Health = health_of(counts)
-    ranked = [row.sort(descending=True).values.tolist() for row in counts.double() / counts.sum(1, keepdim=True)]
+    hit = hits_of(counts)
+    ranked = [(row.double() / row.sum().clamp_min(1)).tolist() for row in hit]
     size = counts.shape[1]
-    lines = [svg.Series(f"group {n}" if len(ranked) > 1 else "share", range(size), row) for n, row in enumerate(ranked)]
+    lines = [
+        svg.Series(f"group {n}" if len(ranked) > 1 else "share", range(len(row)), row) for n, row in enumerate(ranked)
+    ]
     uniform = svg.Series("uniform", [0, size - 1], [1 / size, 1 / size])
     chart = svg.line_chart([*lines, uniform], title="share of tokens by code", x_label="codes by rank", smooth=False)
-    hits = svg.histogram([float(value) for value in counts.flatten().tolist()], title="hits per code")
+    # Codes that were never hit cannot be listed where there are millions; the tile counts them.
+    numbers = torch.cat(hit) if counts.is_sparse else counts.flatten()
+    hits = svg.histogram([float(value) for value in numbers.tolist()], title="hits per code")
     return [
         Tiles(
             [
@@ -124,8 +124,8 @@ def usage_blocks(counts: Tensor) -> list[Block]:
 
 
 def neighbour_table(tokenizer: DiscreteTokenizer, counts: Tensor, rows: int = 10) -> Table | None:
-    """The most used codes with their nearest neighbours; None where codes have none."""
-    if not has_neighbours(tokenizer):
+    """The most used codes with their nearest neighbours; None where codes have none, or are too many to list."""
+    if not has_neighbours(tokenizer) or counts.is_sparse:
         return None
     vectors = tokenizer.quantizer.code_vectors(0).float().cpu()
     top = counts[0].argsort(descending=True)[:rows]

@@ -15,16 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from mmpost_tokenizers.features import LayeredExtractor, file_digest
-from mmpost_tokenizers.health import count, health_of
+from mmpost.core.errors import MmpostError
+from mmpost_tokenizers.features import FeatureExtractor, LayeredExtractor
+from mmpost_tokenizers.health import count, entropies, health_of, merged
 from mmpost_tokenizers.losses import LPIPSLoss
 
 # Equal images have no finite PSNR; they count as this many dB.
 LOSSLESS_DB = 100.0
 # SSIM's window of 11 pixels must fit.
 SSIM_MIN_SIDE = 11
-# How the hash of torchvision's VGG16 file begins (vgg16-397923af.pth): the trunk that the LPIPS heads were made for.
-VGG_TRUNK = "397923af"
 # Published counts of usage: LlamaGen's queue; XQ-GAN's moving mean, its early steps, and its share of a fair hit count.
 LLAMAGEN_QUEUE = 65_536
 XQGAN_EARLY_STEPS, XQGAN_EARLY, XQGAN_LATE, XQGAN_SHARE = 100, 0.9, 0.99, 0.08
@@ -81,8 +80,8 @@ class Perceptual:
         self._layers: LayeredExtractor | None = None
         if isinstance(source, str | Path):
             self._lpips = LPIPSLoss(source)
-            self.sha256 = file_digest(Path(source))
-            self.key = "lpips" if self.sha256.startswith(VGG_TRUNK) else f"dfd[vgg16-layout-{self.sha256[:8]}]"
+            self.sha256 = self._lpips.sha256
+            self.key = "lpips" if self._lpips.name == "lpips" else f"dfd[vgg16-layout-{self.sha256[:8]}]"
         else:
             self._layers = source
             self.sha256 = str(getattr(source, "sha256", ""))
@@ -98,6 +97,31 @@ class Perceptual:
         return deep_feature_distance(self._layers, images, target)
 
 
+def perceptual_distance(which: str, extractor: FeatureExtractor) -> Perceptual | None:
+    """The perceptual distance of an evaluation; its key in the results says what it is.
+
+    Args:
+        which: ``none``; ``features``: layers of the network that scores, ``dfd[NAME]``; ``auto``: those where it has
+            layers, else none; or the file of a VGG16 trunk: ``lpips`` with the published one, recognised by its hash,
+            and with any other ``dfd[vgg16-layout-...]``.
+        extractor: What scores.
+
+    Raises:
+        MmpostError: MMP-C112 for a file that is not there, MMP-C117 for ``features`` of a network without layers.
+    """
+    if which == "none" or (which == "auto" and not isinstance(extractor, LayeredExtractor)):
+        return None
+    if which not in ("auto", "features"):
+        if not Path(which).is_file():
+            what = f"--perceptual {which}: there is no such file."
+            raise MmpostError("MMP-C112", what, "Give the file vgg16-397923af.pth, features or none.")
+        return Perceptual(which)
+    if not isinstance(extractor, LayeredExtractor):
+        what = f"--perceptual features: {extractor.name} shows no layers to compare."
+        raise MmpostError("MMP-C117", what, "Give --perceptual none, or the file vgg16-397923af.pth for LPIPS.")
+    return Perceptual(extractor)
+
+
 class UsageMeter:
     """Counts codes over an evaluation set and reports the three published definitions of usage by name.
 
@@ -107,24 +131,24 @@ class UsageMeter:
 
     def __init__(self, codebook_size: int, groups: int = 1) -> None:
         self.codebook_size, self.groups = codebook_size, groups
-        self.counts = torch.zeros(groups, codebook_size, dtype=torch.int64)
+        self.counts = count(torch.zeros(0, groups, dtype=torch.int64), codebook_size, groups)
         self._queue: deque[Tensor] = deque()
         self._queued = 0
-        self._mean = torch.zeros(groups, codebook_size, dtype=torch.float64)
+        self._mean = self.counts.double()
         self._steps = 0
 
     def update(self, indices: Tensor) -> None:
         """Count the indices of one batch, ``[B, *grid]`` or ``[B, *grid, groups]``."""
         rows = indices.detach().cpu().reshape(-1, self.groups)
         hits = count(rows, self.codebook_size, self.groups)
-        self.counts += hits
+        self.counts = merged([self.counts, hits])
         self._queue.append(rows)
         self._queued += len(rows)
         while self._queued - len(self._queue[0]) >= LLAMAGEN_QUEUE:
             self._queued -= len(self._queue.popleft())
         share = hits.double() / len(rows)
         keep = 0.0 if self._steps == 0 else XQGAN_EARLY if self._steps < XQGAN_EARLY_STEPS else XQGAN_LATE
-        self._mean = keep * self._mean + (1 - keep) * share
+        self._mean = merged([keep * self._mean, (1 - keep) * share])
         self._steps += 1
 
     def result(self) -> dict[str, float]:
@@ -137,15 +161,15 @@ class UsageMeter:
             ``tokens``: indices counted per group.
         """
         health = health_of(self.counts)
-        share = self.counts.double() / self.counts.sum(1, keepdim=True).clamp(min=1)
+        often = self._mean.coalesce().values() if self._mean.is_sparse else self._mean
         recent = torch.cat(list(self._queue))[-LLAMAGEN_QUEUE:] if self._queue else torch.zeros(0, self.groups)
         distinct = [len(recent[:, group].unique()) / self.codebook_size for group in range(self.groups)]
         fair = XQGAN_SHARE / self.codebook_size
         return {
             "usage": health.usage,
             "usage_llamagen": sum(distinct) / self.groups,
-            "usage_xqgan": float((self._mean >= fair).double().mean()),
+            "usage_xqgan": int((often >= fair).sum()) / (self.groups * self.codebook_size),
             "perplexity": health.perplexity,
-            "entropy_bits": float(-torch.special.xlogy(share, share).sum(1).mean() / math.log(2)),
+            "entropy_bits": float(entropies(self.counts).mean() / math.log(2)),
             "tokens": float(health.tokens),
         }

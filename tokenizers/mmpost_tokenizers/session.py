@@ -20,6 +20,7 @@ from mmpost_tokenizers.evaluate import evaluate_tokenizer
 from mmpost_tokenizers.features import FeatureExtractor, title_for
 from mmpost_tokenizers.images import ImageSet, from_uint8
 from mmpost_tokenizers.options import TokenizerConfig
+from mmpost_tokenizers.scores import perceptual_distance
 from mmpost_tokenizers.toy_features import ClassifierFeatures
 from mmpost_tokenizers.training import TokenizerTrainer
 
@@ -192,13 +193,15 @@ class TokenizerSession:
     def _evaluate(self, tokenizer: DiscreteTokenizer, step: int) -> dict[str, Any]:
         assert self.eval_images is not None
         section = self.config.eval
+        extractor = self.extractor()
         return evaluate_tokenizer(
             tokenizer,
             opening.pick(self.eval_images, section.limit),
-            self.extractor(),
+            extractor,
             batch_size=section.batch_size,
             workers=self.config.data.workers,
             curves={"perturb"} if section.curves else (),
+            perceptual=perceptual_distance(section.perceptual, extractor),
             cache=self.output / "cache",
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from mmpost_tokenizers import saving
 from mmpost_tokenizers.base import DiscreteTokenizer
 from mmpost_tokenizers.batches import ImageBatches
 from mmpost_tokenizers.ema import RunningMean
-from mmpost_tokenizers.health import CodebookMeter
+from mmpost_tokenizers.health import CodebookMeter, health_of, merged
 from mmpost_tokenizers.objective import Objective, Pass, TrainingPass
 from mmpost_tokenizers.options import TokenizerConfig, TokenizerTrainSection
 from mmpost_tokenizers.perturbation import LatentPerturbation, PerturbationSchedule, scaled_delta
@@ -122,6 +122,8 @@ class TokenizerTrainer:
             weights = [weight for weight in self.objective.discriminator.parameters() if weight.requires_grad]
             self.judge_optimizer = _adamw(weights, train, train.discriminator_weight_decay)
         self._set_up_perturbation()
+        if train.revive_steps and tokenizer.quantizer.lattice() is not None:
+            raise tokenizer.quantizer.no_revival()
         self._saved: int | None = None
 
     def _set_up_perturbation(self) -> None:
@@ -142,8 +144,8 @@ class TokenizerTrainer:
             exact=section.exact,
             refresh_every=section.refresh_every,
         )
-        # A quantizer whose codes have no neighbours is refused before the first step.
-        self.tokenizer.quantizer.code_vectors(0)
+        # What cannot be perturbed is refused before the first step.
+        self.perturbation.check(self.tokenizer.quantizer)
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
@@ -203,7 +205,7 @@ class TokenizerTrainer:
             generator=self._generator("augment generator"),
             project=getattr(self.tokenizer, "quant_conv", None),
         )
-        norm = self._update(loss, self.optimizer, self.trained, rate)
+        norm = self._update(loss, self.optimizer, self.trained, rate, alone=self.objective.trained())
         if math.isfinite(norm):
             self.mean.update(state.step)
             if adversarial:
@@ -214,6 +216,8 @@ class TokenizerTrainer:
         parts |= {"loss": loss.detach(), "changed": done.changed}
         # One transfer from the device per step.
         numbers = torch.stack([value.float() for value in parts.values()]).tolist()
+        # Every process has an equal share of the batch, so the mean over processes is that of the batch.
+        numbers = [number / self.processes.world for number in self.processes.sum(numbers)]
         values = {**dict(zip(parts, numbers, strict=True)), "grad_norm": norm}
         state.step += 1
         state.images += self.train.batch_size
@@ -224,11 +228,25 @@ class TokenizerTrainer:
         self._collect({**values, "lr": rate, "phase_s/data": waited, "phase_s/train": spent})
 
     def _update(
-        self, loss: Tensor, optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], rate: float
+        self,
+        loss: Tensor,
+        optimizer: torch.optim.Optimizer,
+        weights: list[nn.Parameter],
+        rate: float,
+        *,
+        alone: Sequence[nn.Parameter] = (),
     ) -> float:
-        """One optimiser step; returns the gradient norm. A gradient that is not finite changes nothing."""
+        """One optimiser step; returns the gradient norm. A gradient that is not finite changes nothing.
+
+        ``alone`` are weights outside of the wrapped modules: DDP leaves their gradients as each process has them.
+        """
         optimizer.zero_grad(set_to_none=True)
         self.processes.backward(loss)
+        if self.processes.world > 1:
+            for weight in alone:
+                if weight.grad is not None:
+                    torch.distributed.all_reduce(weight.grad)
+                    weight.grad /= self.processes.world
         norm = self.processes.clip(weights, self.train.max_grad_norm or math.inf)
         if math.isfinite(norm):
             for group in optimizer.param_groups:
@@ -301,6 +319,7 @@ class TokenizerTrainer:
 
     def _log(self) -> None:
         state = self.state
+        hits = merged(self.processes.gather(self.meter.total()))
         means = {name: total / count for name, (total, count) in state.window.items()}
         state.window = {}
         phases = {name.removeprefix("phase_s/"): means.pop(name) for name in list(means) if name.startswith("phase_s/")}
@@ -310,7 +329,7 @@ class TokenizerTrainer:
             "time": round(state.seconds, 3),
             "images_total": state.images,
             **means,
-            "codebook": self.meter.health().as_metrics(),
+            "codebook": health_of(hits).as_metrics(),
             "wait_share": state.waited / max(state.seconds, 1e-9),
             "phase_s": phases,
         }

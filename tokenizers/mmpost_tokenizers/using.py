@@ -12,17 +12,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmpost.config.load import load
 from mmpost.core.errors import MmpostError
+from mmpost.runs.records import is_run
 from mmpost_tokenizers import opening, report
 from mmpost_tokenizers.base import DiscreteTokenizer
 from mmpost_tokenizers.batches import evaluation_batches
+from mmpost_tokenizers.decoded import cache_folder
 from mmpost_tokenizers.evaluate import evaluate_tokenizer
 from mmpost_tokenizers.features import WEIGHTS_VARIABLE, FeatureExtractor, title_for
 from mmpost_tokenizers.generator.identity import layout_of, require_same
 from mmpost_tokenizers.generator.pretokenize import Codes
 from mmpost_tokenizers.health import health_of
 from mmpost_tokenizers.images import ImageSet, from_uint8, to_uint8
+from mmpost_tokenizers.options import ImagesSection, TokenizerConfig
+from mmpost_tokenizers.scores import perceptual_distance
 from mmpost_tokenizers.session import COUNTED, FEATURES_FILE, SHOWN, final_of, open_tokenizer
+from mmpost_tokenizers.statistics import Reference, reference_of
 
 
 def scoring_features(checkpoint: str, which: str) -> FeatureExtractor:
@@ -33,14 +39,37 @@ def scoring_features(checkpoint: str, which: str) -> FeatureExtractor:
     return opening.choose_extractor(which, None)
 
 
+def reference_cache() -> Path:
+    """Where features of real images are kept between commands, under a hash of what they depend on."""
+    return cache_folder().parent / "reference"
+
+
+def reference_for(images: ImageSet, extractor: FeatureExtractor, *, batch_size: int = 64) -> Reference:
+    """Features of real images on the device, read from ``reference_cache`` where they were computed before."""
+    return reference_of(images, extractor, batch_size=batch_size, cache=reference_cache(), device=opening.device())
+
+
 def evaluate_checkpoint(
-    checkpoint: str, images: ImageSet, *, features: str, batch_size: int, out: Path | None, curves: bool
+    checkpoint: str,
+    images: ImageSet,
+    *,
+    features: str,
+    batch_size: int,
+    out: Path | None,
+    curves: bool,
+    perceptual: str = "auto",
 ) -> dict[str, Any]:
     """Scores of a checkpoint; with ``out`` also ``results.json`` and ``report.html`` in that folder."""
     tokenizer = open_tokenizer(checkpoint)
     extractor = scoring_features(checkpoint, features)
     results = evaluate_tokenizer(
-        tokenizer, images, extractor, batch_size=batch_size, curves={"perturb"} if curves else ()
+        tokenizer,
+        images,
+        extractor,
+        batch_size=batch_size,
+        curves={"perturb"} if curves else (),
+        perceptual=perceptual_distance(perceptual, extractor),
+        cache=reference_cache(),
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -49,11 +78,35 @@ def evaluate_checkpoint(
     return results
 
 
+def data_of_run(checkpoint: str) -> tuple[ImagesSection, str] | None:
+    """The images that the run of a checkpoint named, and which of its options named them.
+
+    Args:
+        checkpoint: Run folder, its ``final``, or a checkpoint in it.
+
+    Returns:
+        The section with the sources under ``eval`` (held-out images where the run had some, else its training images),
+        and ``data.eval`` or ``data.train``; None where no run folder is around.
+    """
+    place = Path(checkpoint).resolve()
+    for folder in (place, *list(place.parents)[:2]):
+        if not is_run(folder):
+            continue
+        try:
+            found = load(TokenizerConfig, [folder / "config.yaml"], []).config.data
+        except MmpostError:
+            continue  # of another command, or of an older version
+        name = "data.eval" if found.eval else "data.train"
+        if sources := found.eval or found.train:
+            return found.model_copy(update={"eval": sources}), name
+    return None
+
+
 def inspect_checkpoint(checkpoint: str, images: ImageSet, out: Path) -> dict[str, Any]:
     """Write the page of a checkpoint; returns the figures that belong on a terminal."""
     tokenizer = open_tokenizer(checkpoint)
     extractor = scoring_features(checkpoint, "auto")
-    results = evaluate_tokenizer(tokenizer, images, extractor, curves={"perturb"})
+    results = evaluate_tokenizer(tokenizer, images, extractor, curves={"perturb"}, cache=reference_cache())
     counts = write_page(out, checkpoint, tokenizer, images, results, title_for("p", extractor))
     health = health_of(counts)
     facts: dict[str, Any] = {
@@ -115,7 +168,7 @@ def encode_images(checkpoint: str, images: ImageSet, out: Path, *, batch_size: i
         arrays: dict[str, Any] = {"codes": codes.numpy(), "labels": label.numpy(), "keys": np.array(keys)}
         np.savez_compressed(out, tokenizer_sha256=np.array(layout.tokenizer_sha256), **arrays)
     else:
-        Codes(layout, codes[:, None].to(torch.int32), label, keys).save(out)
+        Codes(layout, codes[:, None].to(torch.int32), label, keys, images.classes).save(out)
     return len(codes), layout.shape
 
 

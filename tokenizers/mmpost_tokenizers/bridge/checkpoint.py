@@ -36,15 +36,22 @@ def read(folder: Path, *, files: tuple[str, str] = FILES) -> tuple[dict[str, Any
     Raises:
         MmpostError: MMP-E082 no JSON file or no table in it, MMP-E070 no file of tensors, MMP-E073 a damaged one.
     """
+    return read_config(folder, files[0]), read_tensors(folder / files[1])
+
+
+def read_config(folder: Path, file: str = FILES[0]) -> dict[str, Any]:
+    """The table in the JSON file.
+
+    Raises:
+        MmpostError: MMP-E082 no such file or no table in it.
+    """
     try:
-        config = json.loads((folder / files[0]).read_text(encoding="utf-8"))
-        table = dict(config)
+        return dict(json.loads((folder / file).read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        raise MmpostError("MMP-E082", f"no {files[0]} in '{folder}'.", "Check the path.") from error
+        raise MmpostError("MMP-E082", f"no {file} in '{folder}'.", "Check the path.") from error
     except (OSError, ValueError, TypeError) as error:
-        what = f"'{folder / files[0]}' cannot be read: {error}."
+        what = f"'{folder / file}' cannot be read: {error}."
         raise MmpostError("MMP-E082", what, "The file is damaged; save or copy it again.") from error
-    return table, read_tensors(folder / files[1])
 
 
 class Scratch:

@@ -8,37 +8,38 @@ Sources: arXiv 2406.11838 (MAR), arXiv 2503.16430 (TokenBridge).
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import ClassVar
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mmpost.core.errors import MmpostError
-from mmpost_tokenizers.bridge import checkpoint
-from mmpost_tokenizers.bridge.head import DimensionHead, Head, HeadConfig, ParallelHead, guided
-from mmpost_tokenizers.bridge.levels import PostTrainingQuantizer, config_from_json
-from mmpost_tokenizers.bridge.model import IndexModel
-from mmpost_tokenizers.published.files import load_strictly
+from mmpost_tokenizers.bridge.spatial import (
+    HEADS,
+    NO_CLASS,
+    SpatialConfig,
+    SpatialGenerator,
+    SpatialModel,
+    both_ways,
+    class_vectors,
+    guidance_at,
+    mixed,
+)
 
-NO_CLASS = -1  # label that stands for "any class"
-HEADS: dict[str, type[Head]] = {"autoregressive": DimensionHead, "parallel": ParallelHead}
+__all__ = ["HEADS", "NO_CLASS", "SIZES", "MaskedBackbone", "MaskedConfig", "MaskedGenerator", "cosine_schedule"]
+
+PAPER_STEPS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedConfig:
-    """Sizes of the spatial model, and how it is masked.
+class MaskedConfig(SpatialConfig):
+    """Sizes of the spatial model, and how it is masked; ``width`` is that of encoder and decoder.
 
     Attributes:
-        classes: Number of classes; there is one more vector for "any class".
-        grid: Height and width of the token map.
-        channels: C of the latents.
-        width: Width of encoder and decoder.
         encoder_depth: Blocks of the encoder.
         decoder_depth: Blocks of the decoder.
         heads: Attention heads.
@@ -50,10 +51,6 @@ class MaskedConfig:
         mask_std: Deviation before the cut.
     """
 
-    classes: int = 1000
-    grid: tuple[int, int] = (16, 16)
-    channels: int = 16
-    width: int = 1024
     encoder_depth: int = 16
     decoder_depth: int = 16
     heads: int = 16
@@ -64,11 +61,6 @@ class MaskedConfig:
     mask_min: float = 0.7
     mask_std: float = 0.25
 
-    @property
-    def length(self) -> int:
-        """Number of positions."""
-        return self.grid[0] * self.grid[1]
-
 
 # The released sizes; L and H go with heads of width 1024 and depth 4 and 6.
 SIZES = {
@@ -78,12 +70,10 @@ SIZES = {
 }
 
 
-class MaskedBackbone(nn.Module):
-    """Encoder over known positions, decoder over all.
+class MaskedBackbone(SpatialModel):
+    """Encoder over known positions, decoder over all."""
 
-    Attributes:
-        config: Sizes.
-    """
+    config: MaskedConfig
 
     def __init__(self, config: MaskedConfig) -> None:
         """Draw weights from torch's global generator."""
@@ -132,8 +122,7 @@ class MaskedBackbone(nn.Module):
             ``[N, L, width]``.
         """
         buffer, known = self.config.buffer, order[:, masked:]
-        one = self.class_embedding(labels.clamp(min=0))
-        one = torch.where((labels == NO_CLASS)[:, None], self.any_class.to(one.dtype), one)
+        one = class_vectors(self.class_embedding, self.any_class, labels)
         tokens = self.enter(_pick(values, known)) + self.encoder_position[buffer:][known]
         prefix = one[:, None] + self.encoder_position[:buffer]
         x = self.enter_norm(torch.cat([prefix, tokens], 1))
@@ -148,50 +137,13 @@ class MaskedBackbone(nn.Module):
         return self.decoder_norm(x)[:, buffer:] + self.output_position
 
 
-class MaskedGenerator(IndexModel):
-    """Spatial model, head and levels: likelihood of index maps, and sampling of new ones.
+class MaskedGenerator(SpatialGenerator):
+    """Fills positions in random order, several at a time."""
 
-    Attributes:
-        backbone: Spatial model.
-        head: Distribution of one position.
-        quantizer: Turns indices into the values that the spatial model sees.
-    """
-
-    def __init__(self, backbone: MaskedBackbone, head: Head, quantizer: PostTrainingQuantizer) -> None:
-        """Join the parts.
-
-        Raises:
-            MmpostError: MMP-C095 when their channels, levels or widths differ.
-        """
-        super().__init__()
-        self.backbone, self.head, self.quantizer = backbone, head, quantizer
-        pairs = {
-            "channels": (backbone.config.channels, head.config.channels, quantizer.dim),
-            "levels": (head.config.levels, quantizer.codebook_size),
-            "width of z": (backbone.config.width, head.config.z_dim),
-        }
-        for name, sizes in pairs.items():
-            if len(set(sizes)) > 1:
-                what = f"bridge: {name} of the parts differ: {', '.join(map(str, sizes))}."
-                raise MmpostError("MMP-C095", what, "Build the parts from one configuration.")
-
-    def check(self, indices: Tensor, labels: Tensor) -> None:
-        """Look whether data are of this model.
-
-        Raises:
-            MmpostError: MMP-C095 when indices do not fit grid, channels or levels, or labels the classes.
-        """
-        config, levels = self.backbone.config, self.quantizer.codebook_size
-        shape = (*config.grid, config.channels)
-        fix = "Encode the images with the tokenizer that the model was made for."
-        if tuple(indices.shape[1:]) != shape:
-            what = f"bridge: index maps of shape {tuple(indices.shape[1:])}, but the model has {shape}."
-            raise MmpostError("MMP-C095", what, fix)
-        for name, values, low, high in (("indices", indices, 0, levels), ("labels", labels, NO_CLASS, config.classes)):
-            first, last = int(values.min()), int(values.max())
-            if not low <= first <= last < high:
-                what = f"bridge: {name} from {first} to {last}, but the model has {low}..{high - 1}."
-                raise MmpostError("MMP-C095", what, fix)
+    kind: ClassVar[str] = "masked"
+    config_class = MaskedConfig
+    backbone_class = MaskedBackbone
+    backbone: MaskedBackbone
 
     def nats(self, indices: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Negative log-likelihood of the masked positions, ``[N, masked, C]``, of one random mask.
@@ -204,9 +156,7 @@ class MaskedGenerator(IndexModel):
         config = self.backbone.config
         masked = math.ceil(config.length * mask_rate(config, generator))
         order = random_order(len(indices), config.length, generator).to(indices.device)
-        if self.training:
-            hidden = torch.rand(len(labels), generator=generator) < config.label_dropout
-            labels = labels.masked_fill(hidden.to(labels.device), NO_CLASS)
+        labels = self._hidden(labels, config.label_dropout, generator)
         flat = indices.flatten(1, 2)
         z = self.backbone(self.quantizer.dequantize(flat), labels, order, masked)
         predicted = order[:, :masked]
@@ -219,26 +169,15 @@ class MaskedGenerator(IndexModel):
         self,
         labels: Tensor,
         *,
-        steps: int = 256,
+        steps: int | None = None,
         guidance: float = 1.0,
-        schedule: Literal["linear", "constant"] = "linear",
+        schedule: str = "linear",
         temperature: float = 1.0,
         generator: torch.Generator,
     ) -> Tensor:
-        """Sample index maps int64 ``[N, H, W, C]``; call it in eval mode.
-
-        Args:
-            labels: int64 ``[N]``.
-            steps: Passes of the spatial model, 1 to L; the number of known positions follows a cosine.
-            guidance: Classifier-free guidance on z; 1 is none. The paper has 3.1 (L) and 3.45 (H).
-            schedule: ``linear``: guidance rises from 1 with the share of known positions.
-            temperature: See ``Head.sample``. The paper has 0.97 (L; the released code 0.96) and 0.91 (H).
-            generator: On the device of ``labels``.
-
-        Raises:
-            MmpostError: MMP-C096 when ``steps`` is out of range.
-        """
+        """As in ``SpatialGenerator``; the number of known positions follows a cosine."""
         length = self.backbone.config.length
+        steps = min(PAPER_STEPS, length) if steps is None else steps
         if not 1 <= steps <= length:
             what = f"bridge: {steps} steps for {length} positions."
             raise MmpostError("MMP-C096", what, f"Take 1 to {length} steps.")
@@ -248,7 +187,7 @@ class MaskedGenerator(IndexModel):
         masked = length
         for remaining in cosine_schedule(length, steps):
             # As released: the share after this step, but the last step counts one position as open.
-            scale = 1 + (guidance - 1) * (length - max(remaining, 1)) / length if schedule == "linear" else guidance
+            scale = guidance_at(guidance, schedule, (length - max(remaining, 1)) / length)
             z = self._features(self.quantizer.dequantize(indices), labels, order, masked, scale)
             now = order[:, remaining:masked]
             drawn = self.head.sample(_pick(z, now).flatten(0, 1), temperature=temperature, generator=generator)
@@ -260,40 +199,8 @@ class MaskedGenerator(IndexModel):
     def _features(self, values: Tensor, labels: Tensor, order: Tensor, masked: int, scale: float) -> Tensor:
         if scale == 1:
             return self.backbone(values, labels, order, masked)
-        nothing = torch.full_like(labels, NO_CLASS)
-        both = self.backbone(values.repeat(2, 1, 1), torch.cat([labels, nothing]), order.repeat(2, 1), masked)
-        with_class, without = both.chunk(2)
-        return guided(with_class, without, scale)
-
-    def describe(self) -> dict[str, Any]:
-        """Configuration of all parts as JSON; the order of the channels is a tensor of the head."""
-        kind = next(name for name, head in HEADS.items() if type(self.head) is head)
-        return {
-            "backbone": dataclasses.asdict(self.backbone.config),
-            "head": {"kind": kind, **dataclasses.asdict(self.head.config)},
-            "quantizer": self.quantizer.config.to_json(),
-        }
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Open what ``save_pretrained`` wrote, in eval mode.
-
-        Raises:
-            MmpostError: MMP-E082 no usable configuration, MMP-E070 no weights, MMP-E071 keys or shapes that differ,
-                MMP-E073 a damaged file.
-        """
-        config, tensors = checkpoint.read(Path(folder))
-        try:
-            backbone = {**config["backbone"], "grid": tuple(config["backbone"]["grid"])}
-            head = dict(config["head"])
-            kind = HEADS[head.pop("kind")]
-            parts = MaskedConfig(**backbone), HeadConfig(**head), config_from_json(config["quantizer"])
-        except (KeyError, TypeError) as error:
-            what = f"'{folder}' is not a TokenBridge generator: {error}."
-            raise MmpostError("MMP-E082", what, "Name a folder that its trainer wrote.") from error
-        model = cls(MaskedBackbone(parts[0]), kind(parts[1]), PostTrainingQuantizer(parts[2]))
-        load_strictly(model, tensors, str(folder))
-        return model.eval()
+        both = self.backbone(values.repeat(2, 1, 1), both_ways(labels), order.repeat(2, 1), masked)
+        return mixed(both, scale)
 
 
 def mask_rate(config: MaskedConfig, generator: torch.Generator) -> float:

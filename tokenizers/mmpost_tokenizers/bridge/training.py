@@ -18,6 +18,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from mmpost.core import seeding
 from mmpost.core.errors import MmpostError
+from mmpost.train.checkpoint import prune
 from mmpost_tokenizers.bridge.checkpoint import Scratch
 from mmpost_tokenizers.bridge.model import IndexModel
 from mmpost_tokenizers.bridge.options import BridgeTrainSection
@@ -52,7 +53,7 @@ class BridgeTrainer:
             indices: Integers ``[N, H, W, C]`` on the CPU, of any integer type.
             labels: Integers ``[N]``; -1 for no class.
             options: See there.
-            folder: Where checkpoints go, as ``step-N``.
+            folder: Where checkpoints go, as ``step-NNNNNN``; the newest ``save_total_limit`` are kept.
             log: Gets ``step``, ``loss`` (mean nats per dimension since the last record), ``grad_norm``,
                 ``learning_rate``.
 
@@ -72,7 +73,8 @@ class BridgeTrainer:
         self._device = next(model.parameters()).device
         self._batch = min(options.batch_size, len(indices))
         self._per_epoch = len(indices) // self._batch
-        self.total = max(1, round(options.epochs * self._per_epoch))
+        whole = max(1, round(options.epochs * self._per_epoch))
+        self.total = options.max_steps or whole
         self.step = 0
         decayed = [weight for weight in model.parameters() if weight.ndim > 1]
         others = [weight for weight in model.parameters() if weight.ndim <= 1]
@@ -82,6 +84,8 @@ class BridgeTrainer:
             betas=(options.adam_beta1, options.adam_beta2),
         )
         warmup = round(options.warmup_epochs * self._per_epoch)
+        if options.max_steps:
+            warmup = round(min(1.0, options.warmup_epochs / options.epochs) * self.total)
         self._schedule = get_cosine_schedule_with_warmup(self._optimizer, warmup, self.total)
         averaging = get_ema_multi_avg_fn(options.ema)
         self._mean = AveragedModel(model, multi_avg_fn=averaging) if options.ema else None
@@ -92,8 +96,12 @@ class BridgeTrainer:
         """See the attributes of the class."""
         return self.model if self._mean is None else cast(IndexModel, self._mean.module)
 
-    def run(self, until: int | None = None) -> IndexModel:
+    def run(self, until: int | None = None, *, stop: Callable[[], bool] | None = None) -> IndexModel:
         """Train to the end, or until ``until`` steps are done.
+
+        Args:
+            until: Steps.
+            stop: Asked after every step; True saves, where there is a folder, and ends.
 
         Returns:
             ``mean``, in eval mode.
@@ -101,27 +109,36 @@ class BridgeTrainer:
         Raises:
             MmpostError: MMP-T002 when the loss is not finite.
         """
-        stop = self.total if until is None else min(until, self.total)
+        last = self.total if until is None else min(until, self.total)
         self.model.train()
-        while self.step < stop:
+        while self.step < last:
             norm = self._one_step()
+            stopping = stop is not None and stop()
             if self.step % self.options.logging_steps == 0 or self.step == self.total:
                 self._record(norm)
-            if self.options.save_steps and (self.step % self.options.save_steps == 0 or self.step == self.total):
+            due = self.options.save_steps and (self.step % self.options.save_steps == 0 or self.step == self.total)
+            if due or (stopping and self._folder is not None):
                 self.save()
+            if stopping:
+                break
         return self.mean.eval()
 
     def _one_step(self) -> float:
         rows = self._rows()
         indices, labels = self._indices[rows].long().to(self._device), self._labels[rows].long().to(self._device)
-        with self._draws("bridge-step", self.step) as generator, self._autocast():
-            loss = self.model.nats(indices, labels, generator).mean()
-        self._window.append(float(loss.detach()))
+        self._optimizer.zero_grad(set_to_none=True)
+        size, total = self.options.micro_batch_size or len(rows), 0.0
+        with self._draws("bridge-step", self.step) as generator:
+            # Each part draws a mask rate of its own, as each process of the released trainer does.
+            for part, classes in zip(indices.split(size), labels.split(size), strict=True):
+                with self._autocast():
+                    loss = self.model.nats(part, classes, generator).mean() * (len(part) / len(rows))
+                loss.backward()
+                total += float(loss.detach())
+        self._window.append(total)
         if not math.isfinite(self._window[-1]):
             what = f"bridge: the loss is {self._window[-1]} at step {self.step}."
             raise MmpostError("MMP-T002", what, "Lower learning_rate, or set precision=float32.")
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         limit = self.options.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self._optimizer.step()
@@ -152,33 +169,38 @@ class BridgeTrainer:
             self._log({"step": self.step, "loss": loss, "grad_norm": norm, "learning_rate": rate})
         self._window = []
 
-    @torch.no_grad()
     def evaluate(self, indices: Tensor, labels: Tensor, *, draws: int = 1) -> float:
-        """Mean nats per dimension of the running mean on other data.
+        """Mean nats per dimension of the running mean on other data; see ``evaluate_channels``."""
+        return float(self.evaluate_channels(indices, labels, draws=draws).mean())
+
+    @torch.no_grad()
+    def evaluate_channels(self, indices: Tensor, labels: Tensor, *, draws: int = 1) -> Tensor:
+        """Mean nats of each channel of the running mean on other data, float64 ``[C]``.
 
         Args:
             indices: Integers ``[N, H, W, C]``.
             labels: Integers ``[N]``.
             draws: Passes over the data; each has the masks of its own number, the same at every call.
         """
-        model, total, count = self.mean, 0.0, 0
-        was_training = model.training
+        model, count = self.mean, 0
+        total = torch.zeros(indices.shape[-1], dtype=torch.float64)
+        was_training, size = model.training, self.options.micro_batch_size or self._batch
         model.eval()
         for draw in range(draws):
-            for number, start in enumerate(range(0, len(indices), self._batch)):
-                part = slice(start, start + self._batch)
+            for number, start in enumerate(range(0, len(indices), size)):
+                part = slice(start, start + size)
                 data = indices[part].long().to(self._device), labels[part].long().to(self._device)
                 with self._draws(f"bridge-evaluation-{draw}", number) as generator, self._autocast():
-                    nats = model.nats(*data, generator).float()
-                total, count = total + float(nats.sum()), count + nats.numel()
+                    nats = model.nats(*data, generator).double().cpu().flatten(0, -2)
+                total, count = total + nats.sum(0), count + len(nats)
         model.train(was_training)
         return total / count
 
     def save(self) -> Path:
-        """Write ``step-N``: the running mean, which ``from_pretrained`` opens, and what a continuation needs."""
+        """Write ``step-NNNNNN``: the running mean, which ``from_pretrained`` opens, and what a continuation needs."""
         if self._folder is None:
             raise MmpostError("MMP-C098", "bridge: a checkpoint is to be written, but there is no folder.", "Give one.")
-        place = self._folder / f"step-{self.step}"
+        place = self._folder / f"step-{self.step:06d}"
         with Scratch(place) as scratch:
             self.mean.save_pretrained(scratch)
             (scratch / "trainer_state").mkdir()
@@ -190,6 +212,7 @@ class BridgeTrainer:
             }
             torch.save(tensors, scratch / "trainer_state" / "tensors.pt")
             (scratch / "trainer_state" / "state.json").write_text(json.dumps(self._state()) + "\n", encoding="utf-8")
+        prune(self._folder, self.options.save_total_limit)
         return place
 
     def resume(self, place: str | Path) -> None:
@@ -205,7 +228,7 @@ class BridgeTrainer:
         except (OSError, ValueError, RuntimeError, EOFError) as error:
             reason = str(error).splitlines()[0]
             what = f"'{place}' is no checkpoint to go on from: {reason}."
-            raise MmpostError("MMP-E082", what, "Name a step-N folder of this run.") from error
+            raise MmpostError("MMP-E082", what, "Name a step-NNNNNN folder of this run.") from error
         now = self._state()
         names = [*now["options"], "images"]
         before, after = ({**item["options"], "images": item["images"]} for item in (state, now))
@@ -226,7 +249,7 @@ class BridgeTrainer:
 
     def _state(self) -> dict[str, Any]:
         # How often something is written may change; the rest decides the numbers.
-        options = self.options.model_dump(exclude={"save_steps", "logging_steps"})
+        options = self.options.model_dump(exclude={"save_steps", "logging_steps", "save_total_limit"})
         return {"step": self.step, "window": self._window, "images": len(self._indices), "options": options}
 
 

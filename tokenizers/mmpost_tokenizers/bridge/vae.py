@@ -19,6 +19,7 @@ from mmpost.core import seeding
 from mmpost.core.errors import MmpostError
 from mmpost_tokenizers.base import DiscreteTokenizer, TokenizerConfig
 from mmpost_tokenizers.bridge.levels import PostTrainingConfig, PostTrainingQuantizer, config_from_json
+from mmpost_tokenizers.published.files import missing_place
 
 Posterior = Literal["sample", "mode"]
 
@@ -196,6 +197,9 @@ def open_vae(name_or_path: str | Path, subfolder: str | None = None) -> Autoenco
     Raises:
         MmpostError: MMP-E080 no such VAE, or a model of another class; MMP-E083 weights that are missing or unknown.
     """
+    fix = "Give the folder or hub id of a diffusers.AutoencoderKL."
+    if missing := missing_place(str(name_or_path)):
+        raise MmpostError("MMP-E080", f"cannot open the VAE '{name_or_path}': {missing}.", fix)
     if subfolder is None and (Path(name_or_path) / "vae" / "config.json").is_file():
         subfolder = "vae"
     place = {} if subfolder is None else {"subfolder": subfolder}
@@ -209,7 +213,7 @@ def open_vae(name_or_path: str | Path, subfolder: str | None = None) -> Autoenco
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         what = f"cannot open the VAE '{name_or_path}': {reason}"
-        raise MmpostError("MMP-E080", what, "Give the folder or hub id of a diffusers.AutoencoderKL.") from error
+        raise MmpostError("MMP-E080", what, fix) from error
     bad = {kind: report[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched") if report[f"{kind}_keys"]}
     if bad:
         keys = "; ".join(f"{kind}: {', '.join(map(str, list(names)[:5]))}" for kind, names in bad.items())

@@ -10,7 +10,7 @@ from torch import Tensor
 from mmpost.core.errors import MmpostError
 from mmpost_tokenizers.base import DiscreteTokenizer
 from mmpost_tokenizers.features import weights_digest
-from mmpost_tokenizers.generator.model import CodeLayout
+from mmpost_tokenizers.generator.layout import CodeLayout
 
 
 def token_hash(tokenizer: DiscreteTokenizer) -> str:

@@ -3,18 +3,17 @@
 Ids: code ``k`` of group ``g`` is ``g * K + k``, class ``c`` is ``G * K + c``, "no class" is the last id. The groups of
 a product or residual quantizer become neighbours in the sequence: position 0 group 0, position 0 group 1, ...
 
-Differs: LlamaGen rotates queries and keys by row and column, this model by the place in the sequence
-(docs/decisions/0014); its head has rows for the class ids, which are never trained and never sampled.
+Differs: the head has rows for the class ids, which are never trained and never sampled. With ``rope="1d"`` queries and
+keys turn by the place in the sequence, with ``"2d"`` by row and column as in LlamaGen (docs/decisions/0014).
 """
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,53 +21,15 @@ from torch.nn import functional as F
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from mmpost.core.errors import MmpostError
+from mmpost_tokenizers.generator.classes import check_classes
+from mmpost_tokenizers.generator.layout import CodeLayout, check_codes
+from mmpost_tokenizers.generator.rotary import GridRotary
 from mmpost_tokenizers.generator.sizes import size
 
 CONFIG_FILE = "generator.json"
+# In config.json of generators that plain transformers must not open.
+GRID_TYPE = "mmpost_grid_llama"
 _SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-
-
-@dataclass(frozen=True, slots=True)
-class CodeLayout:
-    """What the codes of one image look like.
-
-    Attributes:
-        codebook_size: Codes per group, K.
-        groups: Indices per position, G.
-        grid: ``(H, W)`` or ``(N,)``.
-        tokenizer_sha256: Hash of everything that decides about the codes: encoder and quantizer, not the decoder.
-    """
-
-    codebook_size: int
-    groups: int
-    grid: tuple[int, ...]
-    tokenizer_sha256: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the indices of one image: the grid, then G where it is more than one."""
-        return (*self.grid, self.groups) if self.groups > 1 else self.grid
-
-    @property
-    def positions(self) -> int:
-        """Places of the grid, N."""
-        return math.prod(self.grid)
-
-    @property
-    def length(self) -> int:
-        """Codes per image, N * G."""
-        return self.positions * self.groups
-
-    def difference(self, other: CodeLayout) -> str:
-        """What differs, in words; empty when the layouts are equal."""
-        names = {"codebook_size": "codebook size", "groups": "groups", "grid": "grid"}
-        for name, words in names.items():
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                return f"{words} {_words(mine)} against {_words(theirs)}"
-        if self.tokenizer_sha256 != other.tokenizer_sha256:
-            return f"tokenizer hash {self.tokenizer_sha256[:12]} against {other.tokenizer_sha256[:12]}"
-        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +42,8 @@ class GeneratorConfig:
         size: Name in ``sizes.SIZES``.
         class_dropout: Share of the training rows whose class is replaced by "no class".
         dropout: Of embeddings and block outputs while training; None takes that of the size.
+        rope: What queries and keys turn by: ``1d`` the place in the sequence, ``2d`` row and column (``rotary``).
+        class_names: Names of the first class numbers; empty where images had none.
     """
 
     layout: CodeLayout
@@ -88,6 +51,8 @@ class GeneratorConfig:
     size: str = "B"
     class_dropout: float = 0.1
     dropout: float | None = None
+    rope: Literal["1d", "2d"] = "1d"
+    class_names: tuple[str, ...] = ()
 
     @property
     def vocab_size(self) -> int:
@@ -146,7 +111,7 @@ class ClassConditionalGenerator(nn.Module):
             llama: Taken instead of random weights; must have the shape of ``config``.
 
         Raises:
-            MmpostError: MMP-C100 for an unknown size.
+            MmpostError: MMP-C100 for an unknown size, MMP-C120 where ``rope="2d"`` is impossible.
         """
         super().__init__()
         self.config = config
@@ -155,6 +120,9 @@ class ClassConditionalGenerator(nn.Module):
                 torch.manual_seed(seed)
                 llama = LlamaForCausalLM(_llama_config(config))
         self.llama = llama
+        if config.rope == "2d":
+            rotary = GridRotary(config.layout.grid, config.layout.groups, llama.config.head_dim)
+            self.llama.model.rotary_emb = rotary.to(llama.device)
         dropout = size(config.size).dropout if config.dropout is None else config.dropout
         if dropout:
             _add_dropout(self.llama, dropout)
@@ -230,9 +198,18 @@ class ClassConditionalGenerator(nn.Module):
         return by_group[:, torch.arange(logits.shape[1], device=logits.device), group]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights and configuration; ``LlamaForCausalLM.from_pretrained`` opens the folder as well."""
+        """Write weights and configuration.
+
+        With ``rope="1d"`` ``LlamaForCausalLM.from_pretrained`` opens the folder as well; with ``2d`` it would turn by
+        other angles, so the folder names a type that transformers does not know.
+        """
         place = Path(folder)
         self.llama.save_pretrained(place)
+        if self.config.rope == "2d":
+            file = place / "config.json"
+            record = json.loads(file.read_text())
+            record.update(model_type=GRID_TYPE, architectures=[type(self).__name__])
+            file.write_text(json.dumps(record, indent=2) + "\n")
         (place / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=1) + "\n")
 
     @classmethod
@@ -245,7 +222,10 @@ class ClassConditionalGenerator(nn.Module):
         place = Path(folder)
         config = _read_config(place)
         try:
-            llama, report = LlamaForCausalLM.from_pretrained(place, output_loading_info=True, dtype=torch.float32)
+            shape = LlamaConfig.from_dict(_plain_type(json.loads((place / "config.json").read_text())))
+            llama, report = LlamaForCausalLM.from_pretrained(
+                place, config=shape, output_loading_info=True, dtype=torch.float32
+            )
         except (OSError, ValueError, RuntimeError) as error:
             raise _no_generator(place, str(error).splitlines()[0]) from error
         lost = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
@@ -275,42 +255,6 @@ class CachedDecoder:
         logits = self._model._own_codes(done.logits, self._step)[:, 0]
         self._step += 1
         return logits
-
-
-def check_classes(class_ids: Tensor, count: int) -> None:
-    """Refuse class numbers outside [0, count).
-
-    Raises:
-        MmpostError: MMP-C105.
-    """
-    bad = class_ids[(class_ids < 0) | (class_ids >= count)]
-    if len(bad):
-        raise MmpostError(
-            "MMP-C105",
-            f"class {int(bad[0])} is outside 0 to {count - 1}.",
-            "Give labelled images, and a generator with as many classes as there are labels",
-        )
-
-
-def check_codes(codes: Tensor, layout: CodeLayout) -> None:
-    """Refuse codes of another shape or outside the codebook.
-
-    Raises:
-        MmpostError: MMP-C101, MMP-C106.
-    """
-    if codes.dtype.is_floating_point or tuple(codes.shape[1:]) != layout.shape:
-        raise MmpostError(
-            "MMP-C101",
-            f"codes have shape {list(codes.shape[1:])} and type {codes.dtype} where the generator needs integers "
-            f"{list(layout.shape)}.",
-            "Use a tokenizer with one grid of codes, or of groups of codes, per image",
-        )
-    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= layout.codebook_size):
-        raise MmpostError(
-            "MMP-C106",
-            f"codes reach from {int(codes.min())} to {int(codes.max())}, the codebook has {layout.codebook_size}.",
-            "Use codes of the generator's tokenizer",
-        )
 
 
 def _llama_config(config: GeneratorConfig) -> LlamaConfig:
@@ -350,6 +294,7 @@ def _read_config(place: Path) -> GeneratorConfig:
     try:
         record = json.loads((place / CONFIG_FILE).read_text())
         layout = record.pop("layout")
+        record["class_names"] = tuple(record.get("class_names", ()))
         return GeneratorConfig(CodeLayout(**{**layout, "grid": tuple(layout["grid"])}), **record)
     except OSError as error:
         raise _no_generator(place, f"there is no {CONFIG_FILE}") from error
@@ -357,9 +302,9 @@ def _read_config(place: Path) -> GeneratorConfig:
         raise _no_generator(place, f"{CONFIG_FILE} cannot be read") from error
 
 
+def _plain_type(record: dict[str, Any]) -> dict[str, Any]:
+    return {**record, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+
+
 def _no_generator(place: Path, why: str) -> MmpostError:
     return MmpostError("MMP-C109", f"'{place}' is not a generator: {why}.", "Give a folder of `mmpost generator train`")
-
-
-def _words(value: Any) -> str:
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -16,9 +16,12 @@ class GeneratorModelSection(Settings):
     """Shape of the generator."""
 
     size: str = Field("B", description="test, small, B, L, 400M, XL, XXL or 3B")
-    num_classes: int | None = Field(None, ge=1, description="classes; null: one more than the highest label")
+    num_classes: int | None = Field(None, ge=1, description="classes; null: those of the codes")
     class_dropout: float = Field(0.1, ge=0, lt=1, description="share of rows trained without class, for guidance")
     dropout: float | None = Field(None, ge=0, lt=1, description="of embeddings and blocks; null: that of the size")
+    rope: Literal["1d", "2d"] = Field(
+        "1d", description="rotary positions by place in the sequence, or by row and column as in LlamaGen"
+    )
 
 
 class GeneratorTrainSection(Settings):
@@ -74,6 +77,7 @@ class PosttrainSection(Settings):
     min_learning_rate_share: float = Field(0.2, ge=0, le=1, description="share of the rate left at the cosine's end")
     max_steps: int = Field(1000, ge=1, description="optimiser steps at most")
     batch_size: int = Field(64, ge=1, description="images per step")
+    micro_batch_size: int | None = Field(None, ge=1, description="images per forward pass; null: all")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW first moment")
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="AdamW second moment")

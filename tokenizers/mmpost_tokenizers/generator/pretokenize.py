@@ -1,8 +1,8 @@
 """Codes of a whole image set in one file, so that the generator's training never runs the tokenizer.
 
 The file is a safetensors file: ``codes [n, crops, *grid]`` (or ``[..., G]``; 16 bits where the codebook allows it),
-``labels [n]``, and the images' keys. Its metadata hold the layout and the tokenizer's hash. Latent perturbation is
-never applied: ``tokenize`` has no such option.
+``labels [n]``, and the images' keys. Its metadata hold the layout with the tokenizer's hash, the names of the classes,
+and marks of the images it was made of. Latent perturbation is never applied: ``tokenize`` has no such option.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from mmpost.train.checkpoint import move_into_place
 from mmpost_tokenizers.base import DiscreteTokenizer
 from mmpost_tokenizers.batches import evaluation_batches
 from mmpost_tokenizers.generator.identity import layout_of
-from mmpost_tokenizers.generator.model import CodeLayout
-from mmpost_tokenizers.images import ImageSet, Item
+from mmpost_tokenizers.generator.layout import CodeLayout
+from mmpost_tokenizers.images import CONTENTS, ImageSet, Item
+from mmpost_tokenizers.inputs import differing
 
 CODES_FILE = "codes.safetensors"
 # The ten-crop recipe enlarges images by this factor before the crops are cut.
@@ -45,12 +46,14 @@ class Codes:
         codes: Integers ``[n, crops, *layout.shape]``.
         labels: int64 ``[n]``, -1 for none.
         keys: Name of each image.
+        classes: Names of the class numbers; empty where images had none.
     """
 
     layout: CodeLayout
     codes: Tensor
     labels: Tensor
     keys: list[str]
+    classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -62,10 +65,30 @@ class Codes:
 
     def subset(self, rows: Tensor) -> Codes:
         """The images ``rows``, int64."""
-        return Codes(self.layout, self.codes[rows], self.labels[rows], [self.keys[i] for i in rows.tolist()])
+        keys = [self.keys[row] for row in rows.tolist()]
+        return Codes(self.layout, self.codes[rows], self.labels[rows], keys, self.classes)
 
-    def save(self, file: Path) -> None:
-        """Write one file; a kill leaves the old file or the new one."""
+    def marks(self) -> dict[str, str]:
+        """What tells these codes from others, in words, for ``inputs``."""
+        digest = hashlib.sha256()
+        for some in self.codes.split(4096):
+            digest.update(some.contiguous().view(torch.uint8).numpy().data)
+        return {
+            "tokenizer": self.layout.tokenizer_sha256,
+            "number of images": str(len(self)),
+            "crops": str(self.crops),
+            "names of images": hashlib.sha256("\n".join(self.keys).encode()).hexdigest(),
+            "classes of images": hashlib.sha256(f"{self.labels.tolist()} {list(self.classes)}".encode()).hexdigest(),
+            "codes": digest.hexdigest(),
+        }
+
+    def save(self, file: Path, *, made_of: dict[str, str] | None = None) -> None:
+        """Write one file; a kill leaves the old file or the new one.
+
+        Args:
+            file: Its place.
+            made_of: Marks of the images and of the tokenizer.
+        """
         text = [key.encode() for key in self.keys]
         tensors = {
             "codes": self.codes.contiguous(),
@@ -74,7 +97,9 @@ class Codes:
             "key_ends": torch.tensor([len(key) for key in text], dtype=torch.long).cumsum(0),
         }
         partial = file.with_name(f"{file.name}.partial")
-        save_file(tensors, partial, {"layout": json.dumps(asdict(self.layout))})
+        about = {"layout": asdict(self.layout), "classes": self.classes, "made_of": made_of or {}}
+        # One entry: safetensors writes several in no fixed order.
+        save_file(tensors, partial, {"about": json.dumps(about)})
         partial.replace(file)
 
     @classmethod
@@ -86,18 +111,25 @@ class Codes:
         """
         file = Path(path) / CODES_FILE if Path(path).is_dir() else Path(path)
         try:
-            with safe_open(file, "pt") as handle:
-                record = json.loads((handle.metadata() or {})["layout"])
+            about = _about(file)
+            record = about["layout"]
             tensors = load_file(file)
             letters = tensors["keys"].numpy().tobytes()
             ends = [0, *tensors["key_ends"].tolist()]
             keys = [letters[start:end].decode() for start, end in itertools.pairwise(ends)]
             layout = CodeLayout(**{**record, "grid": tuple(record["grid"])})
-            return cls(layout, tensors["codes"], tensors["labels"], keys)
+            return cls(layout, tensors["codes"], tensors["labels"], keys, tuple(about["classes"]))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise MmpostError(
                 "MMP-T076", f"'{file}' holds no codes.", "Write it with `mmpost tokenizer pretokenize`"
             ) from error
+
+
+def _about(file: Path) -> dict[str, Any]:
+    """Metadata of a file of codes; KeyError for another safetensors file."""
+    with safe_open(file, "pt") as handle:
+        about: dict[str, Any] = json.loads((handle.metadata() or {})["about"])
+    return about
 
 
 def source_size(image_size: int, crops: int) -> int:
@@ -159,29 +191,31 @@ def pretokenize(
 
     Raises:
         MmpostError: MMP-C101, MMP-C107; MMP-T077 when the folder holds codes of another tokenizer, image set or
-            number of crops.
+            number of crops; the message names what differs.
 
     Source: arXiv 2406.06525 (ten crops of images enlarged by 1.1, one drawn at random per epoch).
     """
     source_size(tokenizer.config.image_size, crops)
     place, layout = Path(folder), layout_of(tokenizer)
     shards = place / "shards"
-    header = {"layout": asdict(layout), "crops": crops, "images": _fingerprint(images), "shard_size": shard_size}
+    made_of = {**_tokenizer_marks(layout), "number of crops": str(crops), **images.marks()}
     if (place / CODES_FILE).is_file():
         done = Codes.open(place)
-        if done.layout != layout or done.crops != crops or done.keys != list(images.keys):
-            raise _other(place)
+        _refuse_others(place, _about(place / CODES_FILE)["made_of"], made_of)
         return done
-    _begin(shards, header)
+    # A file that was mended since an earlier call concerns its own shard only.
+    header = {name: mark for name, mark in made_of.items() if name != CONTENTS}
+    _begin(shards, {**header, "images per shard": str(shard_size)})
     for start in range(0, len(images), shard_size):
         rows = range(start, min(start + shard_size, len(images)))
         file = shards / f"{start:09d}.safetensors"
-        if not file.is_file():
-            _tokenize(_Part(images, rows), tokenizer, layout, crops, batch_size, workers).save(file)
+        mark = {CONTENTS: images.contents(rows)}
+        if not file.is_file() or _about(file)["made_of"] != mark:
+            _tokenize(_Part(images, rows), tokenizer, layout, crops, batch_size, workers).save(file, made_of=mark)
         if progress is not None:
             progress(rows.stop, len(images))
     whole = _join([Codes.open(file) for file in sorted(shards.glob("*.safetensors"))], layout)
-    whole.save(place / CODES_FILE)
+    whole.save(place / CODES_FILE, made_of=made_of)
     shutil.rmtree(shards)
     return Codes.open(place)
 
@@ -216,16 +250,15 @@ def _tokenize(
         codes.append(indices.to(torch.uint16 if small else torch.int32))
         labels.append(classes)
         keys += names
-    return Codes(layout, torch.cat(codes), torch.cat(labels).long(), keys)
+    return Codes(layout, torch.cat(codes), torch.cat(labels).long(), keys, part.images.classes)
 
 
-def _fingerprint(images: ImageSet) -> str:
-    """Hash of names and cutting; contents are not read."""
-    seed = images.seed if images.is_random else "-"
-    return hashlib.sha256("\n".join([str(images.cutting), str(seed), *images.keys]).encode()).hexdigest()
+def _tokenizer_marks(layout: CodeLayout) -> dict[str, str]:
+    shape = f"{layout.codebook_size} codes, {layout.groups} groups, grid {layout.grid}"
+    return {"codebook or grid of the tokenizer": shape, "weights of the tokenizer": layout.tokenizer_sha256}
 
 
-def _begin(shards: Path, header: dict[str, Any]) -> None:
+def _begin(shards: Path, header: dict[str, str]) -> None:
     """Remember what the shards belong to, or see that they belong to the same."""
     file = shards / "header.json"
     if not file.is_file():
@@ -234,13 +267,14 @@ def _begin(shards: Path, header: dict[str, Any]) -> None:
         scratch.mkdir(parents=True)
         (scratch / "header.json").write_text(json.dumps(header))
         move_into_place(scratch, shards)
-    elif json.loads(file.read_text()) != json.loads(json.dumps(header)):
-        raise _other(shards.parent)
+    else:
+        _refuse_others(shards.parent, json.loads(file.read_text()), header)
 
 
 def _join(parts: list[Codes], layout: CodeLayout) -> Codes:
     keys = [key for part in parts for key in part.keys]
-    return Codes(layout, torch.cat([part.codes for part in parts]), torch.cat([part.labels for part in parts]), keys)
+    codes, labels = torch.cat([part.codes for part in parts]), torch.cat([part.labels for part in parts])
+    return Codes(layout, codes, labels, keys, parts[0].classes)
 
 
 def _check_crops(crops: int) -> None:
@@ -250,9 +284,8 @@ def _check_crops(crops: int) -> None:
         )
 
 
-def _other(place: Path) -> MmpostError:
-    return MmpostError(
-        "MMP-T077",
-        f"'{place}' holds codes of another tokenizer, image set or number of crops.",
-        "Choose another folder, or delete this one",
-    )
+def _refuse_others(place: Path, before: dict[str, str], now: dict[str, str]) -> None:
+    other = differing(before, now)
+    if other:
+        what = f"'{place}' holds codes of something else; what differs: {'; '.join(other)}."
+        raise MmpostError("MMP-T077", what, "Choose another folder, or delete this one")

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from mmpost.core import seeding
 from mmpost.core.errors import MmpostError
-from mmpost_tokenizers.generator.model import Decoder, TokenGenerator, check_classes, check_codes
+from mmpost_tokenizers.generator.classes import check_classes
+from mmpost_tokenizers.generator.layout import check_codes
+from mmpost_tokenizers.generator.model import Decoder, TokenGenerator
 from mmpost_tokenizers.generator.options import SamplingSection
 
 Kind = Literal["constant", "linear", "cosine"]

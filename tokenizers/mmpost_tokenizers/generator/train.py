@@ -6,7 +6,6 @@ was ended and continued gives the same bytes on the CPU.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -22,8 +21,9 @@ from torch import Tensor
 from mmpost.core import seeding
 from mmpost.core.errors import MmpostError
 from mmpost.train import checkpoint
+from mmpost_tokenizers.generator.classes import check_classes, require_same_names
 from mmpost_tokenizers.generator.identity import require_same
-from mmpost_tokenizers.generator.model import ClassConditionalGenerator, GeneratorConfig, check_classes
+from mmpost_tokenizers.generator.model import ClassConditionalGenerator, GeneratorConfig
 from mmpost_tokenizers.generator.options import GeneratorModelSection, GeneratorTrainSection
 from mmpost_tokenizers.generator.pretokenize import Codes
 
@@ -38,9 +38,13 @@ def new_generator(section: GeneratorModelSection, codes: Codes, *, seed: int) ->
     Raises:
         MmpostError: MMP-C100 for an unknown size, MMP-C105 when an image has no label or a label is too high.
     """
-    classes = section.num_classes if section.num_classes is not None else max(1, int(codes.labels.max()) + 1)
+    # A class without an image in these codes is still a class when it has a name.
+    found = max(1, int(codes.labels.max()) + 1, len(codes.classes))
+    classes = section.num_classes if section.num_classes is not None else found
     check_classes(codes.labels, classes)
-    config = GeneratorConfig(codes.layout, classes, section.size, section.class_dropout, section.dropout)
+    config = GeneratorConfig(
+        codes.layout, classes, section.size, section.class_dropout, section.dropout, section.rope, codes.classes
+    )
     return ClassConditionalGenerator(config, seed=seed)
 
 
@@ -58,8 +62,8 @@ class GeneratorTrainer:
         stop: Asked after every step; True saves and ends early.
 
     Raises:
-        MmpostError: MMP-C102 when codes and model do not belong together, MMP-C105 for labels out of range,
-            MMP-T070 when the folder holds a run with other options or codes.
+        MmpostError: MMP-C102 when codes and model do not belong together, MMP-C105 for labels out of range, MMP-C119
+            for classes of other names, MMP-T070 when the folder holds a run with other options or codes.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class GeneratorTrainer:
             if each is not None:
                 require_same(model.config.layout, each.layout, owner="the generator", other=name)
                 check_classes(each.labels, model.config.num_classes)
+                require_same_names(model.config.class_names, each.classes, owner="the generator", other=name)
         self.model, self.codes, self.held_out, self.options = model, codes, held_out, options
         self._folder, self._report, self._stop = folder, report, stop
         self.total = options.max_steps or max(1, math.ceil(options.num_train_epochs * len(codes) / options.batch_size))
@@ -85,6 +90,8 @@ class GeneratorTrainer:
         self._half = self._device.type == "cuda" if options.bf16 == "auto" else options.bf16
         self._optimizer = _optimizer(model, options)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        # Taken once: hashing the codes of a large set takes seconds.
+        self._code_marks = codes.marks() if folder is not None else {}
         if folder is not None:
             self._resume(folder)
 
@@ -192,8 +199,7 @@ class GeneratorTrainer:
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a run to be continued."""
         options = {name: value for name, value in self.options.model_dump().items() if name not in SILENT}
-        keys = hashlib.sha256("\n".join(self.codes.keys).encode()).hexdigest()
-        found = {"options": options, "total": self.total, "keys": keys, "crops": self.codes.crops}
+        found = {"options": options, "total": self.total, "codes": self._code_marks}
         whole = {**found, "generator": asdict(self.model.config)}
         # As the file gives it back: tuples become lists.
         compared: dict[str, Any] = json.loads(json.dumps(whole))

@@ -79,11 +79,28 @@ def locate(name_or_path: str, file: str, revision: str | None) -> Path:
             return folder / file
         raise MmpostError("MMP-E070", f"no {file} in '{folder}'.", "Name a folder written by save_pretrained.")
     fix = "Give a folder written by save_pretrained, or a hub id of one (needs network or the local cache)."
+    if missing := missing_place(name_or_path):
+        raise MmpostError("MMP-E070", f"no tokenizer '{name_or_path}': {missing}.", fix)
     try:
         return Path(hf_hub_download(name_or_path, file, revision=revision))
     except (HFValidationError, HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MmpostError("MMP-E070", f"no tokenizer '{name_or_path}': {reason}", fix) from error
+
+
+def missing_place(name_or_path: str) -> str:
+    """What is wrong with a name that can only be a place on this machine, in words; empty where it may be a hub id.
+
+    A hub id is ``OWNER/NAME``. A name of that form is a place when the folder before the slash exists: asking the hub
+    for a mistyped path would wait for its retries and then answer about the network.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return ""
+    if path.exists():
+        return "it is a file, not a folder"
+    is_place = name_or_path.count("/") != 1 or name_or_path[0] in "./~" or path.parent.is_dir()
+    return "there is no such folder" if is_place else ""
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

@@ -107,5 +107,5 @@ def too_many(codes: int) -> MmpostError:
     return MmpostError(
         "MMP-C077",
         f"{codes} codes are too many to list one by one (at most {MAX_LISTED}).",
-        "Set perturbation.neighbour_of=code, which counts neighbours without listing codes.",
+        "Set tokenizer.perturb.neighbour_of=code, which counts neighbours without listing codes.",
     )
