@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -151,35 +152,15 @@ def run_training(
     return summary
 
 
-def resume_run(run: Path, *, gpus: int | None, processes: int | None) -> bool:
-    """Go on with a run of ``tokenizer bridge-train``; behind ``mmpost resume``.
-
-    Returns:
-        False when the folder holds a run of another command.
-
-    Raises:
-        MmpostError: MMP-C117 when processes are asked for: it trains in one.
-    """
+def resume(run: Path, paths: Mapping[str, str]) -> None:
+    """Go on with a run of ``tokenizer bridge-train``; behind ``mmpost resume``."""
     from mmpost.config.load import load
-    from mmpost.core.errors import MmpostError
     from mmpost_tokenizers.bridge.options import BridgeRunConfig
 
-    require_extra()
-    from mmpost_tokenizers.inputs import read_inputs
-
-    given = read_inputs(run)
-    if given is None or given.command != BridgeRunConfig.command:
-        return False
-    if (gpus or 1) > 1 or (processes or 1) > 1:
-        raise MmpostError(
-            "MMP-C117", f"mmpost {given.command} runs in one process.", "Leave --gpus and --processes out."
-        )
-    config, paths = run / "config.yaml", given.paths
-    settings = load(BridgeRunConfig, [config], []).config
+    config = run / "config.yaml"
+    settings, text = load(BridgeRunConfig, [config], []).config, config.read_text()
     words, order = ["mmpost", "resume", str(run)], paths.get("order", "auto")
-    text = config.read_text()
     run_training(settings, paths["bridge"], paths["codes"], paths.get("held_out"), run, order, text, words)
-    return True
 
 
 def codes_of(

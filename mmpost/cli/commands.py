@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmpost import __version__
-from mmpost.cli import bridge, demo_video, generator, tokenizer
+from mmpost.cli import demo_video, generator, tokenizer
 from mmpost.cli.clap_temporal import clap_app
 from mmpost.cli.mixture import mixture_app
 from mmpost.cli.words import numbers
@@ -144,14 +144,9 @@ def resume(
     config = run / "config.yaml"
     if not config.is_file():
         raise MmpostError("MMP-E023", f"'{run}' is no run folder: it has no config.yaml.", "See mmpost runs list.")
-    if bridge.resume_run(run, gpus=gpus, processes=processes):
-        return
-    if (run / "inputs.json").is_file() and generator.resume_run(run, gpus=gpus, processes=processes):
+    if tokenizer.resume_run(run, gpus=gpus, processes=processes):
         return
     text = config.read_text()
-    if "\ntokenizer:" in f"\n{text}":
-        tokenizer.resume_training(run, gpus=gpus, processes=processes)
-        return
     # The sections tell the command: only those of GRPO and its kin have one for rollouts, only UPT one for the vote.
     config_class: type[SFTConfig] | type[GRPOConfig] = GRPOConfig if "\ngrpo:" in f"\n{text}" else SFTConfig
     if config_class is GRPOConfig and "\nvote:" in f"\n{text}":

@@ -192,7 +192,6 @@ def _interval(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]
 
 def _report(out: Path, summary: dict[str, Any]) -> Path:
     from mmpost.runs.page import Drawing, Paragraph, Section, Table, Tiles, write_page
-    from mmpost.runs.svg import Bar, bar_chart
 
     found = summary["filter"]
     arms = [arm for arm in ("base", *ARMS) if arm in summary]
@@ -202,12 +201,10 @@ def _report(out: Path, summary: dict[str, Any]) -> Path:
         ("strong rows found", f"{found['strong_found']:.3f}"),
         ("the paper's rule, one model", f"{found['paper_rule']['balanced_accuracy']:.3f}"),
     ]
-    bars = [
-        Bar(f"{arm}, {words}", summary[arm][f"{key}_listen"]["value"], *summary[arm][f"{key}_listen"]["ci"])
-        for arm in arms
-        for key, words in (("accuracy_with_audio", "with"), ("accuracy_without_audio", "without"))
+    drawings = [
+        Drawing(_bars(summary, arms, key), f"Questions that need ears, {words} sound", "bars with 95 % intervals")
+        for key, words in (("accuracy_with_audio_listen", "with"), ("accuracy_without_audio_listen", "without"))
     ]
-    drawing = bar_chart(bars, title="Accuracy on questions that need ears", high=1.0)
     headings = ["", "all, with", "all, without", "needs ears, with", "needs ears, without"]
     keys = ["accuracy_with_audio", "accuracy_without_audio"]
     body = [[arm, *(_cell(summary[arm][key + part]) for part in ("", "_listen") for key in keys)] for arm in arms]
@@ -219,15 +216,20 @@ def _report(out: Path, summary: dict[str, Any]) -> Path:
     reports = Table(["seed", "filter", *(recipe for arm, recipe in ARMS.items() if arm in summary)], pages)
     sections = [
         Section("Filter", [Tiles(tiles), Paragraph(NOTES[0])]),
-        Section(
-            "Recipes", [Drawing(drawing, "Questions that need ears"), Table(headings, body), *map(Paragraph, NOTES[1:])]
-        ),
+        Section("Recipes", [*drawings, Table(headings, body), *map(Paragraph, NOTES[1:])]),
         Section("Reports of the stages", [reports]),
     ]
     subtitle = f"seeds {', '.join(map(str, summary['seeds']))}"
     return write_page(
         out / "report.html", title="mmpost: which questions need ears", sections=sections, subtitle=subtitle
     )
+
+
+def _bars(summary: dict[str, Any], arms: Sequence[str], key: str) -> str:
+    from mmpost.runs.svg import Bar, bar_chart
+
+    bars = [Bar(arm, summary[arm][key]["value"], *summary[arm][key]["ci"]) for arm in arms]
+    return bar_chart(bars, title=key.replace("_", " "), high=1.0)
 
 
 def _cell(found: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,40 +78,14 @@ def run_training(
     return summary
 
 
-def resume_run(run: Path, *, gpus: int | None, processes: int | None) -> bool:
-    """Go on with a run of ``generator train`` or ``tokenizer posttrain``; behind ``mmpost resume``.
-
-    Returns:
-        False when the folder holds a run of another command.
-
-    Raises:
-        MmpostError: MMP-C117 when processes are asked for: both train in one.
-    """
+def resume(run: Path, paths: Mapping[str, str]) -> None:
+    """Go on with a run of ``generator train``; behind ``mmpost resume``."""
     from mmpost.config.load import load
-    from mmpost.core.errors import MmpostError
-    from mmpost_tokenizers.options import GeneratorRunConfig, PosttrainConfig
+    from mmpost_tokenizers.options import GeneratorRunConfig
 
-    require_extra()
-    from mmpost_tokenizers.inputs import read_inputs
-
-    given = read_inputs(run)
-    if given is None or given.command not in ("generator train", "tokenizer posttrain"):
-        return False
-    if (gpus or 1) > 1 or (processes or 1) > 1:
-        raise MmpostError(
-            "MMP-C117", f"mmpost {given.command} runs in one process.", "Leave --gpus and --processes out."
-        )
-    config, text, paths = run / "config.yaml", (run / "config.yaml").read_text(), given.paths
-    if given.command == "generator train":
-        loaded = load(GeneratorRunConfig, [config], [])
-        more = {"tokenizer": paths.get("tokenizer")}
-        run_training(loaded.config, paths["codes"], paths.get("held_out"), run, text, **more)
-        return True
-    from mmpost.cli.tokenizer import run_posttraining
-
-    settings = load(PosttrainConfig, [config], []).config
-    run_posttraining(settings, paths["checkpoint"], paths["generator"], run, text)
-    return True
+    config = run / "config.yaml"
+    settings, text = load(GeneratorRunConfig, [config], []).config, config.read_text()
+    run_training(settings, paths["codes"], paths.get("held_out"), run, text, tokenizer=paths.get("tokenizer"))
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,8 +82,40 @@ def run_training(config: Any, command: list[str], config_yaml: str) -> Path:
     return output
 
 
-def resume_training(run: Path, *, gpus: int | None, processes: int | None) -> None:
-    """Continue an interrupted run from its last checkpoint; behind ``mmpost resume``."""
+def resume_run(run: Path, *, gpus: int | None, processes: int | None) -> bool:
+    """Go on with a run of this package; behind ``mmpost resume``.
+
+    Returns:
+        False when the folder holds another run.
+
+    Raises:
+        MmpostError: MMP-C117 when processes are asked for by a command that runs in one.
+    """
+    if not (run / "inputs.json").is_file():
+        return "\ntokenizer:" in f"\n{(run / 'config.yaml').read_text()}" and resume_training(run, gpus, processes)
+    from mmpost.cli import generator
+    from mmpost.core.errors import MmpostError
+
+    require_extra()
+    from mmpost_tokenizers.inputs import read_inputs
+
+    given = read_inputs(run)
+    known = {
+        "generator train": generator.resume,
+        "tokenizer bridge-train": bridge.resume,
+        "tokenizer posttrain": resume_posttraining,
+    }
+    if given is None or given.command not in known:
+        return False
+    if (gpus or 1) > 1 or (processes or 1) > 1:
+        what = f"mmpost {given.command} runs in one process."
+        raise MmpostError("MMP-C117", what, "Leave --gpus and --processes out.")
+    known[given.command](run, given.paths)
+    return True
+
+
+def resume_training(run: Path, gpus: int | None, processes: int | None) -> bool:
+    """Go on with a run of ``tokenizer train``; True."""
     from mmpost.cli import launch
     from mmpost.config.load import load
     from mmpost_tokenizers.options import TokenizerConfig
@@ -93,6 +126,7 @@ def resume_training(run: Path, *, gpus: int | None, processes: int | None) -> No
     if wanted is not None and launch.needed(wanted):
         raise typer.Exit(launch.start(wanted, ["resume", str(run)]))
     run_training(loaded.config, ["mmpost", "resume", str(run)], (run / "config.yaml").read_text())
+    return True
 
 
 @app.command("eval")
@@ -280,6 +314,16 @@ def posttrain(
     files, overrides = split_arguments(context.args)
     loaded = load(PosttrainConfig, files, overrides)
     run_posttraining(loaded.config, checkpoint, generator, out, resolved_yaml(loaded))
+
+
+def resume_posttraining(run: Path, paths: Mapping[str, str]) -> None:
+    """Go on with a run of ``tokenizer posttrain``; behind ``mmpost resume``."""
+    from mmpost.config.load import load
+    from mmpost_tokenizers.options import PosttrainConfig
+
+    config = run / "config.yaml"
+    settings, text = load(PosttrainConfig, [config], []).config, config.read_text()
+    run_posttraining(settings, paths["checkpoint"], paths["generator"], run, text)
 
 
 def run_posttraining(config: Any, checkpoint: str, generator: str, out: Path, config_yaml: str) -> dict[str, Any]:

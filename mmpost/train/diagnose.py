@@ -12,8 +12,7 @@ from statistics import fmean, median, pvariance
 from typing import Any
 
 from mmpost.train import diagnose_votes
-from mmpost.train.finding import Finding
-from mmpost.train.finding import percent as _percent
+from mmpost.train.finding import Finding, percent
 
 # Thresholds. "Own choice" marks what no source gives.
 STEADY = 5  # steps that must agree before a share or a mean is believed
@@ -150,7 +149,7 @@ def _no_spread(seen: Diagnosis, active: Set[str]) -> dict[str, Finding]:
         on = on or (len(values) == SPREADLESS_STEPS and fmean(values) > SPREADLESS_SHARE)
     if not on:
         return {}
-    share = "every prompt" if min(recent) >= 1 else f"{_percent(fmean(values))} of the prompts"
+    share = "every prompt" if min(recent) >= 1 else f"{percent(fmean(values))} of the prompts"
     steps = STEADY if min(recent) >= 1 else len(values)
     why, advice = _hard_or_easy(seen)
     words = f"for {share} of {steps} steps all completions got the same reward, so nothing is learned from them: {why}."
@@ -198,7 +197,7 @@ def _truncated(seen: Diagnosis, active: Set[str]) -> dict[str, Finding]:
     limit = TRUNCATED_SHARE / RELAX if code in active else TRUNCATED_SHARE
     if len(values) < STEADY or fmean(values) <= limit:
         return {}
-    words = f"{_percent(fmean(values))} of the completions of {STEADY} steps were cut by the length limit."
+    words = f"{percent(fmean(values))} of the completions of {STEADY} steps were cut by the length limit."
     advice = "Raise grpo.max_completion_length, or add the reward soft_overlong, which falls near the limit."
     return {code: Finding(code, words, advice)}
 
@@ -308,7 +307,7 @@ def _clipped(seen: Diagnosis, active: Set[str]) -> dict[str, Finding]:
     limit = CLIPPED_SHARE / RELAX if code in active else CLIPPED_SHARE
     if len(values) < CLIPPED_STEPS or fmean(values) <= limit:
         return {}
-    words = f"{_percent(fmean(values))} of the tokens of {CLIPPED_STEPS} steps were clipped and did not train."
+    words = f"{percent(fmean(values))} of the tokens of {CLIPPED_STEPS} steps were clipped and did not train."
     return {code: Finding(code, words, "Lower train.learning_rate, so that the policy moves less per rollout batch.")}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmpost.cli import bridge, run
+from mmpost.cli import run, tokenizer
 from mmpost_tokenizers.bridge.running import IndexData, marginal_nats, open_bridge, train_bridge
 from mmpost_tokenizers.bridge.sampling import open_model
 
@@ -126,13 +126,14 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(place, trained, tmp_path, c
     assert train(capfd, place, tmp_path / "run")[0] == 130
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "interrupted"
     monkeypatch.undo()
-    assert bridge.resume_run(tmp_path / "run", gpus=None, processes=None)
+    assert tokenizer.resume_run(tmp_path / "run", gpus=None, processes=None)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
     one, two = (open_model(folder).state_dict() for folder in (trained, tmp_path / "run"))
     for name, value in one.items():
         assert torch.equal(value, two[name]), name
-    assert not bridge.resume_run(tmp_path, gpus=None, processes=None)
+    (tmp_path / "config.yaml").write_text("train: {}\n")
+    assert not tokenizer.resume_run(tmp_path, gpus=None, processes=None)
 
 
 def test_codes_are_taken_as_they_are(place, trained, tmp_path, capfd):

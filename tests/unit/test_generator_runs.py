@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mmpost.cli import generator as command
 from mmpost.cli import run
+from mmpost.cli import tokenizer as command
 from mmpost.core.errors import MmpostError
 from mmpost.runs.folder import RunFolder
 from mmpost.train.loop import Interrupted
