@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 0
 
-.PHONY: demo demo-tokenizer demo-upt demo-mixture test test-slow lint clean
+.PHONY: demo demo-tokenizer demo-upt demo-mixture demo-audio demo-video test test-slow lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/mmpost demo --out runs/demo --seeds $(SEEDS)
@@ -13,7 +13,13 @@ demo-mixture: $(VENV)/.ready
 	$(BIN)/python -m mmpost.cli.demo_mixture --out runs/demo-mixture
 
 demo-upt: $(VENV)/.ready
-	$(BIN)/mmpost demo-upt --out runs/demo-upt --seeds $(SEEDS)
+	$(BIN)/mmpost demo-upt --out runs/demo-upt --seeds 0,1,2
+
+demo-audio: $(VENV)/.ready-media
+	$(BIN)/mmpost demo-audio --out runs/demo-audio --seeds $(SEEDS)
+
+demo-video: $(VENV)/.ready-media
+	$(BIN)/mmpost demo-video --out runs/demo-video --seeds $(SEEDS)
 
 demo-tokenizer: $(VENV)/.ready-tokenizers
 	$(BIN)/mmpost tokenizer demo --out runs/demo-tokenizer --seeds $(SEEDS)
@@ -35,6 +41,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("mmpost needs Python 3.11 or newer; set PYTHON=...") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.ready-media: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[media]"
 	touch $@
 
 $(VENV)/.ready-tokenizers: $(VENV)/.ready

@@ -53,7 +53,7 @@ EXAMPLES = {
     ),
     "upt": (
         "Learning without labels: GRPO on the majority vote of the completions (MM-UPT).",
-        "mmpost upt configs/demo/upt.yaml model.model_name_or_path=runs/demo/sft/final",
+        "mmpost upt configs/demo/upt.yaml model.model_name_or_path=runs/demo-upt/seed-0/sft/final",
         "mmpost upt questions.jsonl model_name_or_path=Qwen/Qwen2.5-VL-7B-Instruct max_completion_length=2048",
         "mmpost upt pictures.jsonl --synthesize-questions=direct model_name_or_path=MODEL output_dir=runs/upt",
     ),
@@ -216,7 +216,7 @@ def demo(
 @app.command("demo-upt")
 def demo_upt(
     out: Annotated[Path, typer.Option(help="folder for runs, summary.json and report.html")] = Path("runs/demo-upt"),
-    seeds: Annotated[str, typer.Option(help="comma-separated seeds")] = "0",
+    seeds: Annotated[str, typer.Option(help="comma-separated seeds")] = "0,1,2",
 ) -> None:
     """Learning without labels: the majority vote beside labels and beside random labels."""
     from mmpost.cli.demo_upt import demo_upt as run_demo

