@@ -5,18 +5,17 @@ before: GRPO, which alone gets their labels; UPT; and UPT whose pseudo-labels ar
 the group. Every stage is an ordinary run of this package; this module only chains them, two side by side with one
 thread each, and compares.
 
-The checkpoint is that of ``mmpost demo`` with two changes, both in ``configs/demo/upt_start.yaml``. It writes its
-reading of the pictures down before it answers, in an order of its own choice: the vote over many draws of a one-word
-answer is the most likely word, which greedy decoding finds as well, and only where many readings lead to one answer can
-a majority know better. And it trains longer, with decay: below one half a vote amplifies errors, and the 160 steps of
-``mmpost demo`` end near 0.34, at chance on two of five kinds of questions.
+The checkpoint is that of ``mmpost demo`` after three times as many steps (``configs/demo/upt_start.yaml``): below one
+half a vote amplifies errors, and the 160 steps of ``mmpost demo`` end near 0.34, at chance on two of five kinds of
+questions.
 
 What is compared is the probability of a right answer when one is drawn from the policy at temperature 1, that of the
-training, on held-out questions: it is what all three runs are meant to raise. arXiv 2505.22453 draws at 0.2; the
-accuracy of the most likely answer, to which that is close, stands beside it.
+training, on held-out questions: it is what all three runs are meant to raise. The majority of many draws of a one-word
+answer is the most likely word, which greedy decoding finds as well; so the vote can bring draws up to the accuracy of
+the most likely answer, and not that accuracy itself. arXiv 2505.22453 draws at 0.2; the accuracy of the most likely
+answer, to which that is close, stands beside it and is not expected to rise.
 
-Settings were chosen on seed 7 and 300 rows of ``unlabelled`` behind those that are trained on. There the vote gained
-little or nothing while labels gained some points, see ``docs/upt.md``: the demo measures, and promises nothing.
+Settings were chosen on seed 7 and 500 rows of ``unlabelled`` behind those that are trained on, see ``docs/upt.md``.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ STAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "random_vote": ("upt", "configs/demo/upt.yaml", ("vote.variant=random",)),
 }
 ARMS = tuple(STAGES)[1:]
-DRAWS = 4
+DRAWS = 8
 DRAWN = "drawn.json"
 SECONDS = "seconds.json"
 NOTES = (
