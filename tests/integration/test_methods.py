@@ -13,8 +13,9 @@ STEPS = 60
 
 
 def test_every_preset_has_a_plan():
-    # Votes without labels are judged by their own demo: tests/integration/test_demo_upt.py.
-    assert sorted([*PLANS, "upt"]) == sorted(ALGOS)
+    # Votes without labels and the contrast to shuffled frames are judged by demos of their own: test_demo_upt.py and
+    # test_video_task.py.
+    assert sorted([*PLANS, "upt", "t_grpo"]) == sorted(ALGOS)
 
 
 @pytest.fixture(scope="module")
