@@ -53,7 +53,7 @@ STAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "random_vote": ("upt", "configs/demo/upt.yaml", ("vote.variant=random",)),
 }
 ARMS = tuple(STAGES)[1:]
-DRAWS = 8
+DRAWS = 4
 DRAWN = "drawn.json"
 SECONDS = "seconds.json"
 NOTES = (
