@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 from mmpost.core.errors import MmpostError
 
@@ -29,9 +27,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(argv: list[str]) -> int:
     """Run the command line and return the exit code."""
     _quiet_libraries()
+    from mmpost.cli.commands import app
+
     try:
         # Outside standalone mode an exit code comes back as the value of the call.
-        code = _tree()(args=argv, prog_name="mmpost", standalone_mode=False)
+        code = app(args=argv, prog_name="mmpost", standalone_mode=False)
     except MmpostError as error:
         if os.environ.get("RANK", "0") != "0":
             # Most errors happen in every process, and the first one speaks for all: it exits, and the launcher
@@ -48,18 +48,6 @@ def run(argv: list[str]) -> int:
     except Exception as error:
         return _unexpected(error)
     return code if isinstance(code, int) else 0
-
-
-@functools.cache
-def _tree() -> Any:
-    """The whole tree of commands: those of ``commands``, and those of modules that register their own."""
-    from mmpost.cli import contribution, demo_audio, recipe
-    from mmpost.cli.commands import app, data_app
-
-    contribution.register(app, data_app)
-    recipe.register(app)
-    demo_audio.register(app)
-    return app
 
 
 def _quiet_libraries() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmpost import __version__
-from mmpost.cli import demo_video, generator, tokenizer
+from mmpost.cli import contribution, demo_audio, demo_video, generator, recipe, tokenizer
 from mmpost.cli.clap_temporal import clap_app
 from mmpost.cli.mixture import mixture_app
 from mmpost.cli.words import numbers
@@ -38,6 +38,9 @@ app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(generator.app, name="generator")
 app.add_typer(mixture_app, name="mixture")
 app.add_typer(clap_app, name="clap-temporal")
+contribution.register(app, data_app)
+recipe.register(app)
+demo_audio.register(app)
 
 EXAMPLES = {
     "sft": (
