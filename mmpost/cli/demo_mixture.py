@@ -55,7 +55,7 @@ class Plan:
 
     out: Path
     jobs: int = 2
-    denominator: int = 6
+    denominator: int = 5
     final_seeds: tuple[int, ...] = (1, 2, 3)
     final_steps: int = 120
     words: tuple[str, ...] = ()

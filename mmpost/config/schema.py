@@ -33,6 +33,9 @@ class ModelSection(Settings):
     freeze: list[Literal["vision_tower", "audio_tower", "projector", "language_model"]] = Field(
         ["vision_tower", "audio_tower"], description="parts that do not train under full fine-tuning"
     )
+    trainable: list[str] = Field(
+        [], description="parts of names of weights: of what model.freeze leaves, only these train; empty: all of it"
+    )
     quantization: Literal["none", "nf4", "int8"] = Field(
         "none",
         description="frozen language-model weights in 4 bits (QLoRA) or 8; needs peft.kind=lora and bitsandbytes",
@@ -55,7 +58,7 @@ class LoraSettings(Settings):
 
 
 class FullSettings(Settings):
-    """All weights train, except what model.freeze names."""
+    """All weights train, except what model.freeze and model.trainable leave out."""
 
     kind: Literal["full"] = "full"
 

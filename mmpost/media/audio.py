@@ -18,6 +18,9 @@ import numpy.typing as npt
 
 from mmpost.config.schema import MediaSection
 from mmpost.media import limits
+from mmpost.media.backends import pcm, sound
+from mmpost.media.backends.sound_rules import Want
+from mmpost.media.backends.source import MediaFile
 from mmpost.media.ref import inline_bytes, locate, shown
 
 # Qwen2-Audio gives zero tokens below 50 ms and trains as text without a word (transformers 5.23).
@@ -34,7 +37,7 @@ class Audio:
         seconds: ``n / rate``.
         source_rate: Samples per second in the file.
         channels: Channels in the file.
-        backend: ``soundfile`` or ``pyav``.
+        backend: ``wav`` (read without a decoder), ``soundfile`` or ``pyav``.
         notes: Remarks, each with its code.
     """
 
@@ -76,13 +79,13 @@ def load(
     """
     section = section or MediaSection()
     path, blob = resolve(ref, "audio", origin, roots)
-    job = {
-        "op": "audio",
-        "path": path,
-        "name": shown(ref),
-        "origin": origin,
-        "want": wanted(section, start, end, min_seconds),
-    }
+    want = wanted(section, start, end, min_seconds)
+    plain = pcm.read(path, blob, Want(**want))
+    if plain is not None:
+        file = MediaFile("audio", shown(ref), origin, path, blob)
+        mixed = sound.finish(file, plain, section.sample_rate, Want(**want), "wav")
+        return built(mixed.facts, mixed.samples, tuple(mixed.notes))
+    job = {"op": "audio", "path": path, "name": shown(ref), "origin": origin, "want": want}
     heard = limits.run(job, ref=ref, blob=blob, limit_s=section.decode_timeout, backend="soundfile")
     return built(heard.said["sound"], heard.arrays[0], tuple(heard.said["notes"]))
 

@@ -54,7 +54,7 @@ def answer(job: dict[str, Any], blob: bytes | None, share: Share) -> tuple[dict[
         return {}, []
     file = MediaFile(job["op"], job["name"], job["origin"], job["path"], blob)
     if job["op"] == "audio":
-        heard = sound.decode(file, Want(**job["want"]))
+        heard = sound.decode(file, Want(**job["want"]), share)
         return {"sound": heard.facts, "notes": heard.notes}, [heard.samples]
     ask = dict(job["ask"])
     ask["sound"] = Want(**ask["sound"]) if ask["sound"] is not None else None

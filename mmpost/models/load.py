@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import json
 import os
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, BitsAndBytesConfig
 
@@ -140,6 +140,8 @@ def load(
     if config.model_type == "audioflamingo3":
         cast_features(model)
     if adapter_folder:
+        from peft import PeftModel  # noqa: PLC0415 - imports for seconds, and most runs train in full
+
         model = PeftModel.from_pretrained(model, adapter_folder, is_trainable=peft is not None)
     elif peft is not None:
         model = _prepare(model, section, peft, seed)
@@ -254,8 +256,16 @@ def _use_liger_kernel(model: Any, device: torch.device) -> None:
 
 
 def _prepare(model: Any, section: ModelSection, peft: LoraSettings | FullSettings, seed: int) -> Any:
-    """Freeze parts for full fine-tuning, or add LoRA to the language model."""
+    """Freeze what does not train for full fine-tuning, or add LoRA to the language model."""
     if isinstance(peft, LoraSettings):
+        if section.trainable:
+            raise MmpostError(
+                "MMP-C041",
+                "model.trainable chooses weights that train as they are, but peft.kind is lora.",
+                "Name them in peft.modules_to_save, or set peft.kind=full.",
+            )
+        from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - imports for seconds
+
         targets = _language_linears(model) if peft.target_modules == "all-linear" else peft.target_modules
         # LoRA draws its A matrices from torch's global stream.
         with torch.random.fork_rng(devices=[]):
@@ -271,8 +281,16 @@ def _prepare(model: Any, section: ModelSection, peft: LoraSettings | FullSetting
                     task_type="CAUSAL_LM",
                 ),
             )
+    names = [name for name, _ in model.named_parameters()]
+    for word in section.trainable:
+        if not any(word in name for name in names):
+            near = difflib.get_close_matches(word, {name.rpartition(".")[0] for name in names}, 3, 0.0)
+            known = f"The nearest of its names: {', '.join(near)}."
+            raise MmpostError("MMP-C042", f"model.trainable: no weight of the model has '{word}' in its name.", known)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) not in section.freeze and not name.endswith(CONSTANT))
+        chosen = not section.trainable or any(word in name for word in section.trainable)
+        frozen = part_of(name) in section.freeze or name.endswith(CONSTANT)
+        parameter.requires_grad_(chosen and not frozen)
     return model
 
 

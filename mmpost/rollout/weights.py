@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mmpost.models.policy import Policy
@@ -28,13 +27,13 @@ def named_weights(policy: Policy, dtype: torch.dtype | None = None) -> Iterator[
     Yields:
         Name as in the checkpoint, tensor without gradient.
     """
-    layers = {name: module for name, module in policy.inner.named_modules() if isinstance(module, BaseTunerLayer)}
+    modules = dict(policy.inner.named_modules())
     with torch.no_grad():
         for name, parameter in _parameters(policy):
             weight = _full(parameter.detach())
             owner, found, attribute = name.rpartition(".base_layer.")
             if found and attribute == "weight":
-                weight = _merged(layers[owner], weight)
+                weight = _merged(modules[owner], weight)
             yield _plain(name), weight.to(_kind(parameter, dtype)).contiguous()
 
 

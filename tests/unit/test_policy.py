@@ -173,6 +173,32 @@ def test_frozen_parts_get_no_gradient_and_the_others_do(open_tiny, mixed_rows, f
     assert all(seen.values())
 
 
+def choose(tiny_folder, peft, words):
+    folder = str(tiny_folder("qwen2.5-vl"))
+    section = ModelSection(model_name_or_path=folder, freeze=["projector"], trainable=words)
+    return load(section, peft=peft, device=torch.device("cpu"))
+
+
+def test_only_weights_that_are_named_train(tiny_folder):
+    model = choose(tiny_folder, FullSettings(), ["layernorm", "merger", "language_model.nor"])
+    for name, parameter in model.policy.model.named_parameters():
+        assert parameter.requires_grad == ("layernorm" in name or "language_model.norm" in name), name
+    assert 0 < model.policy.num_parameters(trainable=True) < model.policy.num_parameters() / 100
+
+
+@pytest.mark.parametrize(
+    ("peft", "word", "code", "part"),
+    [
+        (FullSettings(), "language_model.nrom", "MMP-C042", "model.language_model.norm"),
+        (LoraSettings(), "norm", "MMP-C041", "peft.modules_to_save"),
+    ],
+)
+def test_a_choice_of_weights_that_cannot_be_is_refused(tiny_folder, peft, word, code, part):
+    with pytest.raises(MmpostError, match=part) as caught:
+        choose(tiny_folder, peft, [word])
+    assert caught.value.code == code
+
+
 def test_lora_sits_on_the_language_model_alone(open_tiny):
     model = open_tiny(peft=LoraSettings(r=4))
     names = [name for name, parameter in model.policy.model.named_parameters() if parameter.requires_grad]

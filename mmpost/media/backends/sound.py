@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from mmpost.media.backends import promise, sound_pyav
 from mmpost.media.backends.sound_rules import MAX_RAW_BYTES, SLACK_SECONDS, Samples, Want, check_shape, too_big, window
 from mmpost.media.backends.source import MediaFile, missing
 
+Allocate = Callable[[tuple[int, ...], str], Samples]
 _UNKNOWN_FRAMES = 1 << 62  # libsndfile's SF_COUNT_MAX, for streams that state no length
 _EBML = b"\x1a\x45\xdf\xa3"
 _CANCELLED = 0.1  # a mean this much weaker than its loudest channel means opposite phases
@@ -33,15 +35,29 @@ class Sound:
     notes: list[str] = field(default_factory=list)
 
 
-def decode(file: MediaFile, want: Want) -> Sound:
+def decode(file: MediaFile, want: Want, allocate: Allocate = np.empty) -> Sound:
     """Decode, mix to one channel, resample.
+
+    Args:
+        file: What to decode.
+        want: Rate, window and limits.
+        allocate: Gives memory of a shape and type; where a file is as it is wanted, its samples are read into it.
 
     Raises:
         MmpostError: MMP-D008 undecodable, MMP-D011 too long, MMP-D080 cut, MMP-D081 too short, MMP-D082 not finite,
             MMP-D083 absurd header, MMP-D085 no sound, MMP-D088 damaged, MMP-D089 window outside, MMP-E090 a library
             is missing.
     """
-    channels, rate, backend = _read(file, want)
+    channels, rate, backend = _read(file, want, allocate)
+    return finish(file, channels, rate, want, backend)
+
+
+def finish(file: MediaFile, channels: Samples, rate: int, want: Want, backend: str) -> Sound:
+    """What is done to samples ``[n, channels]`` once they are read.
+
+    Raises:
+        MmpostError: MMP-D081 too short, MMP-D082 not finite, MMP-E090 a library is missing.
+    """
     seconds = len(channels) / rate
     if seconds < want.min_seconds:
         raise file.error(
@@ -78,7 +94,7 @@ def _resample_torchaudio(samples: Samples, rate: int, new_rate: int) -> Samples:
     return np.asarray(out.numpy(), dtype=np.float32)
 
 
-def _read(file: MediaFile, want: Want) -> tuple[Samples, int, str]:
+def _read(file: MediaFile, want: Want, allocate: Allocate) -> tuple[Samples, int, str]:
     """All channels ``[n, channels]`` of the window, their rate, and who read them."""
     if not file.head(1):
         raise file.refused("soundfile", "the file is empty")
@@ -96,7 +112,7 @@ def _read(file: MediaFile, want: Want) -> tuple[Samples, int, str]:
         except (soundfile.LibsndfileError, TypeError, ValueError) as error:
             return _read_pyav(file, want, _reason(error))
         with opened:
-            return (*_read_soundfile(file, want, opened, soundfile.LibsndfileError), "soundfile")
+            return (*_read_soundfile(file, want, opened, soundfile.LibsndfileError, allocate), "soundfile")
     finally:
         os.close(descriptor)
 
@@ -126,7 +142,9 @@ def _read_pyav(file: MediaFile, want: Want, soundfile_says: str) -> tuple[Sample
     return samples, rate, "pyav"
 
 
-def _read_soundfile(file: MediaFile, want: Want, opened: Any, failure: type[Exception]) -> tuple[Samples, int]:
+def _read_soundfile(
+    file: MediaFile, want: Want, opened: Any, failure: type[Exception], allocate: Allocate
+) -> tuple[Samples, int]:
     rate, channels, frames = int(opened.samplerate), int(opened.channels), int(opened.frames)
     check_shape(file, rate, channels)
     known = frames < _UNKNOWN_FRAMES
@@ -140,7 +158,9 @@ def _read_soundfile(file: MediaFile, want: Want, opened: Any, failure: type[Exce
     try:
         if begin:
             opened.seek(begin)
-        samples = opened.read(stop - begin, dtype="float32", always_2d=True)
+        as_wanted = known and channels == 1 and rate == want.rate
+        out = allocate((stop - begin, 1), "f4") if as_wanted else None
+        samples = opened.read(stop - begin, dtype="float32", always_2d=True, out=out)
     except (failure, RuntimeError) as error:
         raise file.refused("soundfile", _reason(error)) from error
     if known and len(samples) < stop - begin:

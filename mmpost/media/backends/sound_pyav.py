@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,41 +80,48 @@ def _decode(file: MediaFile, want: Want, container: InputContainer, stream: Audi
     import av  # noqa: PLC0415 - optional
 
     rate, at, origin, size = int(stream.rate or 0), 0, None, 0
-    blocks: list[Samples] = []
+    blocks: list[list[Samples]] = []
     first = round(want.start * rate)
     limit = first + int((want.max_seconds + 1) * rate)
     last = min(limit, round(want.end * rate)) if want.end is not None else limit
     try:
         for frame in container.decode(stream):
             block = _floats(frame)
-            if frame.time is not None:
-                origin = frame.time - at / rate if origin is None else origin
-                gap = frame.time - origin - at / rate
+            time = frame.time
+            if time is not None:
+                origin = time - at / rate if origin is None else origin
+                gap = time - origin - at / rate
                 if gap > _GAP_SECONDS:
                     raise file.error("MMP-D088", f"lacks {gap:.2f} s of sound at {at / rate:.2f} s")
             if blocks and len(block) != len(blocks[0]):
                 raise file.error("MMP-D088", f"changes its number of channels at {at / rate:.2f} s")
-            part = block[:, max(0, first - at) : max(0, last - at)]
-            at += block.shape[1]
-            if part.size:
+            span = slice(max(0, first - at), max(0, last - at))
+            at += len(block[0])
+            part = [channel[span] for channel in block]
+            if part[0].size:
                 blocks.append(part)
-                size += part.nbytes
+                size += part[0].nbytes * len(part)
             if size > MAX_RAW_BYTES:
                 raise too_big(file, size)
             if at >= last:
                 break
     except av.FFmpegError as error:
         raise file.error("MMP-D088", f"is damaged at {at / rate:.2f} s (PyAV: {error.strerror})") from error
-    return np.concatenate(blocks, axis=1).T if blocks else np.zeros((0, 1), np.float32)
+    if not blocks:
+        return np.zeros((0, 1), np.float32)
+    return np.stack([np.concatenate(channel) for channel in zip(*blocks, strict=True)]).T
 
 
-def _floats(frame: Any) -> Samples:
-    """One block as float32 ``[channels, n]``, full scale 1."""
+def _floats(frame: Any) -> Sequence[Samples]:
+    """One block, float32 ``[n]`` per channel, full scale 1."""
+    if frame.format.name == "fltp":  # what most codecs give, with less ado than to_ndarray makes
+        count = frame.samples
+        return [np.frombuffer(plane, np.float32, count).copy() for plane in frame.planes]
     block = frame.to_ndarray()
     block = block if frame.format.is_planar else block.reshape(-1, len(frame.layout.channels)).T
     kind = block.dtype.str[1:]
     if kind not in _FULL_SCALE:
-        return np.asarray(block, dtype=np.float32)
+        return list(np.asarray(block, dtype=np.float32))
     scale = _FULL_SCALE[kind]
     centred = block.astype(np.float32) - (scale if kind == "u1" else 0)
-    return np.asarray(centred / np.float32(scale), dtype=np.float32)
+    return list(np.asarray(centred / np.float32(scale), dtype=np.float32))
