@@ -13,7 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -33,6 +33,7 @@ class Job:
         log: File for what it prints.
         lock: File that is locked while it lives.
         environment: Variables beside those of the starter.
+        needs: Names of jobs of the same call that must have ended well before; it never starts when one has failed.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Job:
     log: Path
     lock: Path
     environment: dict[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
 
 
 class Engine(Protocol):
@@ -49,6 +51,33 @@ class Engine(Protocol):
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, int]]:
         """Jobs as they end, with their exit codes; a job that another process has just finished ends with 0."""
         ...
+
+
+class Queue:
+    """Jobs that have not started, in the order in which they are wanted.
+
+    Args:
+        jobs: All jobs of a call.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.waiting = list(jobs)
+        self._done: set[str] = set()
+
+    def ready(self) -> list[Job]:
+        """Those that need nothing more."""
+        return [job for job in self.waiting if self._done.issuperset(job.needs)]
+
+    def ended(self, job: Job, code: int) -> None:
+        """Note how a job ended; what needed one that failed is given up."""
+        if code == 0:
+            self._done.add(job.name)
+            return
+        lost = {job.name}
+        for other in self.waiting:  # in order, so that what needs a lost one is lost as well
+            if lost.intersection(other.needs):
+                lost.add(other.name)
+        self.waiting = [other for other in self.waiting if other.name not in lost]
 
 
 def start(job: Job, is_done: Callable[[Job], bool]) -> subprocess.Popen[bytes] | int | None:
@@ -106,18 +135,19 @@ class Processes:
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, int]]:
         """Jobs as they end; Ctrl-C is passed on, and the runs write checkpoints."""
-        waiting, free = list(jobs), list(range(self.slots))
+        queue, free = Queue(jobs), list(range(self.slots))
         running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
         try:
-            while waiting or running:
-                for job in list(waiting):
+            while queue.waiting or running:
+                for job in queue.ready():
                     if not free:
                         break
                     started = start(self._on_device(job, free[0]), self.is_done)
                     if started is None:
                         continue
-                    waiting.remove(job)
+                    queue.waiting.remove(job)
                     if isinstance(started, int):
+                        queue.ended(job, started)
                         yield job, started
                     else:
                         running[free.pop(0)] = job, started
@@ -126,6 +156,7 @@ class Processes:
                     if code is not None:
                         del running[slot]
                         free.append(slot)
+                        queue.ended(job, code)
                         yield job, code
                 time.sleep(_POLL_S)
         finally:
@@ -135,7 +166,7 @@ class Processes:
         if not self.devices:
             return job
         chosen = {"CUDA_VISIBLE_DEVICES": self.devices[slot % len(self.devices)]}
-        return Job(job.name, job.command, job.folder, job.log, job.lock, {**job.environment, **chosen})
+        return replace(job, environment={**job.environment, **chosen})
 
 
 def _interrupt(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from mmpost.mixture.processes import Job, run_one
+from mmpost.mixture.processes import Job, Queue, run_one
 
 
 class RayEngine:
@@ -29,12 +29,14 @@ class RayEngine:
             ray.init(log_to_driver=False)
         # A run is made of processes of its own; retries would start it again after an error of its own.
         task = ray.remote(num_cpus=1, num_gpus=self.gpus, max_retries=0)(run_one)
-        waiting = list(jobs)
+        queue = Queue(jobs)
         running: dict[Any, Job] = {}
-        while waiting or running:
-            while waiting and len(running) < self.slots:
-                job = waiting.pop(0)
+        while queue.waiting or running:
+            for job in queue.ready()[: self.slots - len(running)]:
+                queue.waiting.remove(job)
                 running[task.remote(job, self.is_done)] = job
             done, _ = ray.wait(list(running), num_returns=1)
             for reference in done:
-                yield running.pop(reference), ray.get(reference)
+                job, code = running.pop(reference), ray.get(reference)
+                queue.ended(job, code)
+                yield job, code

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,20 @@ def test_every_job_runs_once_and_failures_do_not_stop_the_others(tmp_path, slots
     again = list(Processes(slots, finished).run(jobs[:3]))
     assert [code for _, code in again] == [0, 0, 0]
     assert (tmp_path / "j0" / "starts").read_text() == "x"
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_job_waits_for_what_it_needs_and_is_given_up_with_it(tmp_path, slots):
+    look = "import pathlib, sys; sys.exit(0 if (pathlib.Path({folder!r}) / 'done').is_file() else 5)"
+    first = counting(tmp_path, "first", 0.3)
+    after = replace(job(tmp_path, "after", look.format(folder=str(first.folder))), needs=("first",))
+    bad = job(tmp_path, "bad", "raise SystemExit(7)")
+    lost = replace(counting(tmp_path, "lost"), needs=("bad",))
+    lost_too = replace(counting(tmp_path, "lost too"), needs=("first", "lost"))
+    ended = list(Processes(slots, finished).run([after, first, bad, lost, lost_too]))
+    assert {one.name: code for one, code in ended} == {"first": 0, "after": 0, "bad": 7}
+    assert not lost.folder.exists()
+    assert not lost_too.folder.exists()
 
 
 def starting(one):
