@@ -129,12 +129,15 @@ def _filter(folder: Path, seed: int) -> dict[str, Any]:
     }
 
 
-def _shares(planted: Sequence[bool], found: Sequence[bool]) -> dict[str, float]:
+def _shares(planted: Sequence[bool], found: Sequence[bool]) -> dict[str, Any]:
     """Shares of planted weak and strong rows that are labelled so, and their mean."""
     weak = [label for truth, label in zip(planted, found, strict=True) if truth]
     strong = [not label for truth, label in zip(planted, found, strict=True) if not truth]
     shares = {"weak_found": sum(weak) / len(weak), "strong_found": sum(strong) / len(strong)}
-    return {**shares, "balanced_accuracy": sum(shares.values()) / 2}
+    # Each row's part of the balanced accuracy, whose mean that is; for its interval.
+    parts = {True: len(found) / len(weak) / 2, False: len(found) / len(strong) / 2}
+    rows = [parts[truth] * (truth == label) for truth, label in zip(planted, found, strict=True)]
+    return {**shares, "balanced_accuracy": sum(shares.values()) / 2, "rows": rows}
 
 
 def _recipe(name: str, folder: Path, out: Path, seed: int) -> None:
@@ -150,8 +153,10 @@ def _filter_summary(filters: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return sum(one[rule][name] for one in filters) / len(filters)
 
     names = ("balanced_accuracy", "weak_found", "strong_found")
+    rows = [one["robust"]["rows"] for one in filters]
     return {
         **{name: mean("robust", name) for name in names},
+        "ci": _interval([[0.0] * POOL for _ in rows], rows)["ci"],
         "by_seed": [one["robust"]["balanced_accuracy"] for one in filters],
         "rows": POOL,
         "null": NULLS,

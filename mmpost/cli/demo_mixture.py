@@ -31,7 +31,7 @@ START, PROXY = "configs/demo_mixture/start.yaml", "configs/demo_mixture/proxy.ya
 SOURCES = ("mix_digits", "mix_shoes", "mix_tops")
 # As COCO in the paper, mix_tops is a source without a test of its own in the target.
 TARGET_TASKS = ("mix_digits", "mix_shoes")
-ROUNDS, PER_ROUND = 2, 3
+ROUNDS, PER_ROUND = 3, 2
 NOTES = (
     "mix_shoes and mix_tops ask the same words about the same kind of pictures and mean different answers: that is the "
     "planted interference. The target is the mean accuracy of mix_digits and mix_shoes on held-out rows.",

@@ -21,10 +21,11 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import as_file, files
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from mmpost.core.errors import MmpostError
 
@@ -89,13 +90,21 @@ def _digit_split(pixels: np.ndarray) -> str:
     return "train" if share < 55 else "unlabelled" if share < 75 else "heldout"
 
 
+def _digit_table() -> np.ndarray:
+    """Pixels and label of each digit, uint8 ``[1797, 65]``; ``load_digits`` would import scikit-learn, for seconds."""
+    found = find_spec("sklearn")
+    assert found is not None, "scikit-learn is a requirement"
+    file = Path((found.submodule_search_locations or [""])[0], "datasets", "data", "digits.csv.gz")
+    return np.loadtxt(file, delimiter=",").astype(np.uint8)
+
+
 @cache
 def _digits() -> dict[str, dict[str, Tiles]]:
-    bunch = load_digits()
-    counts = bunch.images.astype(np.uint8)  # 0..16 ink pixels of a 4x4 block of the scan
+    table = _digit_table()
+    counts = table[:, :64].reshape(-1, 8, 8)  # 0..16 ink pixels of a 4x4 block of the scan
     pixels = np.round(counts * (255 / 16)).astype(np.uint8)
     positions: dict[tuple[str, str], list[int]] = {(split, label): [] for split in SPLITS for label in DIGITS}
-    for position, (tile, label) in enumerate(zip(counts, bunch.target, strict=True)):
+    for position, (tile, label) in enumerate(zip(counts, table[:, 64], strict=True)):
         positions[_digit_split(tile), str(label)].append(position)
 
     def tiles(split: str, label: str) -> Tiles:

@@ -16,7 +16,10 @@ def test_balanced_accuracy_by_hand():
     planted = [True, True, True, True, False, False]
     found = [True, True, True, False, True, False]
     shares = _shares(planted, found)
+    rows = shares.pop("rows")
     assert shares == {"weak_found": 0.75, "strong_found": 0.5, "balanced_accuracy": 0.625}
+    assert rows == [0.75, 0.75, 0.75, 0.0, 0.0, 1.5]
+    assert sum(rows) / len(rows) == 0.625
 
 
 def test_accuracies_by_hand(tmp_path):
@@ -49,6 +52,7 @@ def test_the_filter_finds_the_planted_rows_and_the_recipes_train(tmp_path):
     planted = demo_audio(out, [0, 1, 2], train=False)
     sys.stdout.write(json.dumps(planted, indent=1))
     assert planted["filter"]["balanced_accuracy"] >= 0.9
+    assert planted["filter"]["ci"][0] >= 0.9
     assert min(planted["filter"]["by_seed"]) >= 0.85
     # A model that guesses where it does not know is what the paper's rule with one model takes for knowledge.
     assert planted["filter"]["balanced_accuracy"] > planted["filter"]["paper_rule"]["balanced_accuracy"]
