@@ -16,7 +16,7 @@ demo-upt: $(VENV)/.ready
 	$(BIN)/mmpost demo-upt --out runs/demo-upt --seeds 0,1,2
 
 demo-audio: $(VENV)/.ready-media
-	$(BIN)/mmpost demo-audio --out runs/demo-audio --seeds $(SEEDS)
+	$(BIN)/mmpost demo-audio --out runs/demo-audio --seeds 0,1,2
 
 demo-video: $(VENV)/.ready-media
 	$(BIN)/mmpost demo-video --out runs/demo-video --seeds $(SEEDS)
