@@ -109,7 +109,10 @@ def _decode(file: MediaFile, want: Want, container: InputContainer, stream: Audi
         raise file.error("MMP-D088", f"is damaged at {at / rate:.2f} s (PyAV: {error.strerror})") from error
     if not blocks:
         return np.zeros((0, 1), np.float32)
-    return np.stack([np.concatenate(channel) for channel in zip(*blocks, strict=True)]).T
+    whole = np.empty((len(blocks[0]), size // 4 // len(blocks[0])), np.float32)
+    for channel, row in enumerate(whole):
+        np.concatenate([block[channel] for block in blocks], out=row)
+    return whole.T
 
 
 def _floats(frame: Any) -> Sequence[Samples]:
