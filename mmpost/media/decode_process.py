@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import mmap
 import os
 import signal
@@ -124,12 +125,12 @@ class Server:
             self._clear()
 
     def _share(self, shape: tuple[int, ...], dtype: str) -> Array:
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        size = math.prod(shape) * np.dtype(dtype).itemsize
         if size < INLINE_BYTES:
             return np.empty(shape, dtype)
         if self.segment is None or len(self.segment) < size:
             self.segment, self.fresh = new_segment(size)
-        array = np.frombuffer(self.segment, dtype, int(np.prod(shape))).reshape(shape)
+        array = np.frombuffer(self.segment, dtype, math.prod(shape)).reshape(shape)
         self.shared = array.ctypes.data
         return array
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import mmap
 import os
 import signal
@@ -256,7 +257,7 @@ class _Process:
             os.close(descriptor)
         out, at = [], 0
         for shape, dtype, is_shared in shapes:
-            count = int(np.prod(shape))
+            count = math.prod(shape)
             if is_shared and self.segment is not None:
                 out.append(np.frombuffer(self.segment, dtype, count).reshape(shape).copy())
             else:

@@ -138,3 +138,5 @@ def test_errors_are_those_of_the_decoder():
     refused(encoded(tone(1.0)), "MMP-D011", section=MediaSection(sample_rate=16000, max_audio_seconds=0.5))
     refused(encoded(np.full(1600, np.nan, np.float32), subtype="FLOAT"), "MMP-D082")
     refused(whole, "MMP-D089", start=5.0)
+    loud = encoded(np.full(1600, 1e30, np.float32), subtype="FLOAT")
+    assert "holds samples of up to 1e+30" in str(refused(loud, "MMP-D082"))

@@ -177,10 +177,14 @@ def _reason(error: Exception) -> str:
 
 def _mix(file: MediaFile, channels: Samples) -> tuple[Samples, list[str]]:
     """Mean of the channels, or the loudest one where they cancel each other."""
-    energy = np.array([channel @ channel for channel in channels.T])
+    with np.errstate(over="ignore", invalid="ignore"):  # told below
+        energy = np.array([channel @ channel for channel in channels.T])
     if not np.isfinite(energy).all():
         bad = int((~np.isfinite(channels)).sum())
-        raise file.error("MMP-D082", f"holds {bad} samples that are not finite")
+        peak = float(np.abs(channels).max())
+        raise file.error(
+            "MMP-D082", f"holds {bad} samples that are not finite" if bad else f"holds samples of up to {peak:.0e}"
+        )
     count = channels.shape[1]
     if count == 1:
         return np.ascontiguousarray(channels[:, 0]), []
