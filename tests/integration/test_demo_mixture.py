@@ -43,7 +43,7 @@ def test_a_demo_that_is_started_again_repeats_nothing(tmp_path):
     )
     first = demo_mixture(plan)
     runs = {file: file.stat().st_mtime_ns for file in plan.out.glob("*/runs/*/metrics.jsonl")}
-    assert len(runs) >= 10
+    assert len(runs) >= 7 + 2  # the seed mixtures, and both final runs
     again = demo_mixture(plan)
     assert {file: file.stat().st_mtime_ns for file in runs} == runs
     assert again == first
