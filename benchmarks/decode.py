@@ -4,9 +4,11 @@
 
 Ours checks headers, time stamps and damage, and works in a process that can be killed; the raw side is the shortest
 code that gives the same array with the library alone. Writes one JSON line per case to benchmarks/out/decode.jsonl.
-``cost`` is our median time over theirs, less one: 0.15 means 15 % slower. ``cost_processor`` compares the processor
-time of both processes instead, which other users of the machine do not change: on a full machine every change of
-process waits for its turn.
+``cost`` is our median time over theirs, less one: 0.15 means 15 % slower; one file after the other. ``cost_bulk`` is
+the same for many files, as evaluation and the contribution filter read them: ours has a decode process per core,
+theirs the one core that it runs on. ``cost_processor`` compares the processor time of all processes instead, one file
+after the other, which other users of the machine do not change: on a full machine every change of process waits for
+its turn.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from benchmarks.report import OUT, device_name
 from mmpost.config.schema import MediaSection
 from mmpost.core.errors import MmpostError
 from mmpost.media import audio, limits, probe, video
+from mmpost.media.many import in_order
 
 RATE = 16000
 TARGET = 0.15
@@ -88,7 +91,8 @@ def compare(ours: Callable[[], Any], raw: Callable[[], Any], frames: int, repeat
     began = time.perf_counter()
     raw()
     calls = max(1, min(50, round(CALL_SECONDS / (time.perf_counter() - began))))
-    times: tuple[list[float], list[float]] = ([], [])
+    many = max(calls, 8)
+    times: tuple[list[float], list[float], list[float]] = ([], [], [])
     busy = [0.0, 0.0]
     gc.disable()
     for _ in range(repeats):
@@ -98,11 +102,16 @@ def compare(ours: Callable[[], Any], raw: Callable[[], Any], frames: int, repeat
                 call()
             times[side].append((time.perf_counter() - began) / calls)
             busy[side] += processor_seconds() - worked
+        began = time.perf_counter()
+        for _ in in_order([ours] * many):
+            pass
+        times[2].append((time.perf_counter() - began) / many)
     gc.enable()
-    us, them = statistics.median(times[0]), statistics.median(times[1])
-    paired = statistics.median(a / b for a, b in zip(*times, strict=True)) - 1
+    us, them, bulk = map(statistics.median, times)
+    paired = statistics.median(a / b for a, b in zip(*times[:2], strict=True)) - 1
     out: dict[str, Any] = {"ours_s": round(us, 5), "raw_s": round(them, 5), "cost": round(us / them - 1, 3)}
     out |= {"cost_paired": round(paired, 3), "cost_best": round(min(times[0]) / min(times[1]) - 1, 3)}
+    out |= {"cost_bulk": round(bulk / them - 1, 3), "clips_per_s_bulk": round(1 / bulk, 2)}
     out |= {"cost_processor": round(busy[0] / busy[1] - 1, 3), "calls": calls, "load": round(os.getloadavg()[0], 1)}
     out |= {"clips_per_s": round(1 / us, 2), "raw_clips_per_s": round(1 / them, 2)}
     if frames:
@@ -111,15 +120,17 @@ def compare(ours: Callable[[], Any], raw: Callable[[], Any], frames: int, repeat
         "same_shape": same,
         "max_difference": error,
         "repeats": repeats,
-        "within_target": out["cost_processor"] <= TARGET,
+        "within_target": out["cost"] <= TARGET,
+        "within_target_bulk": out["cost_bulk"] <= TARGET,
     }
 
 
 def processor_seconds() -> float:
-    """Seconds of processor time that this process and the decode process have used, all threads."""
-    child = limits.pid()
-    fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
-    ticks = int(fields[11]) + int(fields[12])
+    """Seconds of processor time that this process and the decode processes have used, all threads."""
+    ticks = 0
+    for child in limits.pids():
+        fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 

@@ -7,6 +7,7 @@ what a rollout would have produced (prompt, then answer), and the loss span need
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ from mmpost.core.sample import Kind, Part, Sample, Turn
 from mmpost.media import audio as audio_media
 from mmpost.media import image as image_media
 from mmpost.media import video as video_media
+from mmpost.media.many import in_order
+
+_SLOW: tuple[Kind, ...] = ("audio", "video")  # kinds that are decoded in processes
 
 
 class MediaAdapter:
@@ -125,6 +129,33 @@ class MediaAdapter:
     def encode_prompt(self, sample: Sample) -> Encoded:
         """The same for a prompt that the policy continues; nothing in it trains."""
         return self._encode_pieces(sample, [self._prompt_piece(sample)])
+
+    def encode_prompts(self, samples: Sequence[Sample]) -> list[Encoded]:
+        """``encode_prompt`` of each; sounds and films of the next samples are decoded meanwhile."""
+        if not any(part.kind in _SLOW for sample in samples for turn in sample.turns for part in turn.parts):
+            return [self.encode_prompt(sample) for sample in samples]
+        work = [functools.partial(self._decode_ahead, sample) for sample in samples]
+        encoded = []
+        for sample, media in zip(samples, in_order(work, self.section.decode_processes), strict=True):
+            for key, outcome in media.items():
+                self.prepared.put(key, outcome)
+            encoded.append(self.encode_prompt(sample))
+        return encoded
+
+    def _decode_ahead(self, sample: Sample) -> dict[tuple[str, ...], Any]:
+        """Sounds and films of a sample that are not remembered, or the errors of those that cannot be decoded."""
+        found: dict[tuple[str, ...], Any] = {}
+        for part in (part for turn in sample.turns for part in turn.parts):
+            if part.kind not in _SLOW or part.ref is None:
+                continue
+            key = content_key(part.kind, part.ref)
+            if key in found or key in self.prepared:
+                continue
+            try:
+                found[key] = self._decode_one(part.kind, part.ref, sample.origin)
+            except MmpostError as error:
+                found[key] = error
+        return found
 
     def encode_scrambled(self, sample: Sample, random: np.random.Generator) -> Encoded | None:
         """``encode_prompt`` with the frames of every video in a random order; None for a row without video.

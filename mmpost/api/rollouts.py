@@ -46,7 +46,7 @@ def ask(
         batch_size: Completions decoded together.
     """
     prompts = [sample.prompt() for sample in samples]
-    encoded = [model.adapter.encode_prompt(prompt) for prompt in prompts]
+    encoded = model.adapter.encode_prompts(prompts)
     found = complete(model.policy, model.adapter, encoded, uids, n=n, sampling=sampling, batch_size=batch_size)
     return [Group(p, rollouts, uid) for p, rollouts, uid in zip(prompts, found, uids, strict=True)]
 

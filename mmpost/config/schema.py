@@ -85,6 +85,11 @@ class MediaSection(Settings):
         "auto", description="video back end; auto: the first that is proven to decode here"
     )
     decode_timeout: float = Field(30.0, gt=0, description="seconds until a decode is stopped")
+    decode_processes: int = Field(
+        0,
+        ge=0,
+        description="sounds and films decoded at once where many are read; 0: one per core, at most 4",
+    )
 
 
 class Source(Settings):

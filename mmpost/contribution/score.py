@@ -77,7 +77,7 @@ def score_rows(
         answers = complete(
             model.policy,
             model.adapter,
-            [model.adapter.encode_prompt(prompt) for prompt in asked],
+            model.adapter.encode_prompts(asked),
             uids,
             n=per_prompt,
             sampling=plan.sampling,

@@ -108,7 +108,7 @@ def _answer(
     for start in range(0, len(numbers), batch_size):
         uids = numbers[start : start + batch_size]
         part = [rows[uid].prompt() for uid in uids]
-        encoded = [model.adapter.encode_prompt(sample) for sample in part]
+        encoded = model.adapter.encode_prompts(part)
         answers = complete(model.policy, model.adapter, encoded, uids, n=1, sampling=sampling, batch_size=batch_size)
         groups.extend(Group(p, a, u) for p, a, u in zip(part, answers, uids, strict=True))
         if progress is not None:

@@ -1,8 +1,8 @@
 """Decode in a process that can be killed: no hang, no crash and no lack of memory of a decoder reaches training.
 
-One process per training or data process, started at first use and kept. Frames come back through a segment of shared
-memory that both sides keep. A fork gets a process of its own, since two users of one socket would read each other's
-frames.
+One process per thread that decodes at the time, started at first use and kept for whoever decodes next. Frames come
+back through a segment of shared memory that both sides keep. A fork gets processes of its own, since two users of one
+socket would read each other's frames.
 """
 
 from __future__ import annotations
@@ -74,45 +74,73 @@ def run(job: dict[str, Any], *, ref: str | bytes, blob: bytes | None, limit_s: f
     if not CAN_BE_KILLED:  # Windows: descriptors cannot be sent
         said, arrays = answer(job, blob, np.empty)
         return Answer(said, arrays)
-    with _Slot.lock:
-        process = _Slot.process
-        if process is None or process.jobs >= MAX_JOBS:
-            close()
-            process = _Slot.process = _Process()
-        try:
-            return process.run({**job, "limit_s": limit_s}, blob, about)
-        except BaseException as error:  # Ctrl-C too: an answer that is still under way would go to the next job
-            if not (isinstance(error, MmpostError) and process.at_rest):
-                close()
-            raise
+    process = _pool.take()
+    reusable = False
+    try:
+        found = process.run({**job, "limit_s": limit_s}, blob, about)
+        reusable = True
+        return found
+    except MmpostError:
+        reusable = process.at_rest
+        raise
+    finally:  # after Ctrl-C too: an answer that is still under way would go to the next job
+        _pool.give_back(process, reusable and process.jobs < MAX_JOBS)
 
 
 def pid() -> int | None:
-    """Process id of the decode process; None while there is none."""
-    return _Slot.process.child.pid if _Slot.process is not None else None
+    """Process id of the decode process that the next job will use; None while there is none."""
+    return _pool.idle[-1].child.pid if _pool.idle else None
+
+
+def pids() -> list[int]:
+    """Process ids of all idle decode processes."""
+    return [process.child.pid for process in _pool.idle]
 
 
 def close() -> None:
-    """End the decode process; the next job starts another."""
-    if _Slot.process is not None:
-        _Slot.process.close()
-        _Slot.process = None
+    """End the decode processes that are idle; the next job starts another."""
+    with _pool.lock:
+        idle, _pool.idle = _pool.idle, []
+    for process in idle:
+        process.close()
 
 
-class _Slot:
-    """The one decode process of this process."""
+class _Pool:
+    """The decode processes of this process."""
 
-    lock = threading.RLock()
-    process: _Process | None = None
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.idle: list[_Process] = []  # the one that was used last is the last
+        self.busy: set[_Process] = set()
+
+    def take(self) -> _Process:
+        """An idle process, or a new one."""
+        with self.lock:
+            process = self.idle.pop() if self.idle else None
+        process = process or _Process()
+        with self.lock:
+            self.busy.add(process)
+        return process
+
+    def give_back(self, process: _Process, reusable: bool) -> None:
+        """Keep a process for the next job, or end it."""
+        with self.lock:
+            self.busy.discard(process)
+            if reusable:
+                self.idle.append(process)
+        if not reusable:
+            process.close()
+
+
+_pool = _Pool()
 
 
 def _forget() -> None:
-    """After a fork: leave the parent's decode process to the parent."""
-    _Slot.lock = threading.RLock()
-    if _Slot.process is not None:
-        _Slot.process.peer.close()
-        _Slot.process.child.returncode = 0  # not ours to wait for
-        _Slot.process = None
+    """After a fork: leave the parent's decode processes to the parent."""
+    for process in (*_pool.idle, *_pool.busy):
+        process.peer.close()
+        process.child.returncode = 0  # not ours to wait for
+    _pool.__init__()  # type: ignore[misc]
 
 
 atexit.register(close)

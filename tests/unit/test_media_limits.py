@@ -1,3 +1,4 @@
+import functools
 import io
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ from PIL import Image
 
 from mmpost.config.schema import MediaSection
 from mmpost.core.errors import MmpostError
-from mmpost.media import audio, limits, video
+from mmpost.media import audio, limits, many, video
 from mmpost.media.decode_process import answer
 
 pytest.importorskip("soundfile")
@@ -146,6 +147,43 @@ def test_threads_get_their_own_answers():
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_media_are_decoded_side_by_side_and_come_in_order(pipe):
+    limits.close()
+    section = MediaSection(decode_timeout=120)
+
+    def hang():
+        with pytest.raises(MmpostError, match="MMP-D084"):
+            audio.load(pipe, section=section)
+        return 0
+
+    def end_both():
+        deadline = time.monotonic() + 60
+        while len(limits._pool.busy) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        ended.extend(process.child.pid for process in limits._pool.busy)
+        for child in ended:
+            os.kill(child, signal.SIGKILL)
+
+    ended: list[int] = []
+    threading.Thread(target=end_both).start()
+    assert list(many.in_order([hang, hang], processes=2)) == [0, 0]
+    assert len(set(ended)) == 2
+    work = [functools.partial(audio.load, sound(value)) for value in range(1, 60)]
+    for processes in (1, 2, 3):
+        assert [level(heard) for heard in many.in_order(work, processes)] == list(range(1, 60))
+    assert 1 <= len(set(limits.pids())) <= 3
+    assert not limits._pool.busy
+
+
+def test_an_error_comes_up_at_its_place_and_ends_the_order():
+    work = [functools.partial(audio.load, blob) for blob in (sound(1), sound(2), b"junk" * 100, sound(3))]
+    found = many.in_order(work, processes=2)
+    assert [level(next(found)) for _ in range(2)] == [1, 2]
+    with pytest.raises(MmpostError, match="MMP-D008"):
+        next(found)
+    assert level(audio.load(sound(4))) == 4
 
 
 def test_the_process_ends_with_its_parent(tmp_path):
