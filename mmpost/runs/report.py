@@ -151,16 +151,22 @@ def summary_view(summary: dict[str, Any] | None) -> dict[str, Any] | None:
         bars, key="accuracy", title="Accuracy after each stage", note="bars with 95 % intervals"
     )
     tiles = []
-    if rows:
+    gains = {name.removesuffix("_minus_sft"): gain for name, gain in summary.items() if name.endswith("_minus_sft")}
+    # Several gains over one start are no chain, and are told apart by the bars.
+    if rows and len(gains) <= 1:
         tiles.append(
             (
                 "accuracy, " + " → ".join(label for label, _ in bars),
                 " → ".join(percent(r["accuracy"]) for r in rows),
             )
         )
-    gain = summary.get("grpo_minus_sft")
-    if isinstance(gain, dict) and is_number(gain.get("mean")):
-        tiles.append(("GRPO minus SFT", f"{100 * gain['mean']:+.1f} points {_interval(gain.get('ci'), signed=True)}"))
+    for name, gain in gains.items():
+        if isinstance(gain, dict) and is_number(gain.get("mean")):
+            label = f"{name.upper().replace('_', ' ')} minus SFT"
+            tiles.append((label, f"{100 * gain['mean']:+.1f} points {_interval(gain.get('ci'), signed=True)}"))
+    recovered = summary.get("recovered") or {}
+    if is_number(recovered.get("share")):
+        tiles.append(("share of the labels' gain", percent(recovered["share"])))
     seeds = summary.get("seeds") or []
     for label, value in (
         ("task", summary.get("task")),
@@ -180,7 +186,7 @@ def summary_view(summary: dict[str, Any] | None) -> dict[str, Any] | None:
         }
         for row in rows
     ]
-    return {"tiles": tiles, "chart": chart, "rows": table}
+    return {"tiles": tiles, "chart": chart, "rows": table, "timed": any(row["time"] for row in table)}
 
 
 def _view(name: str, records: RunRecords | None, evals: Sequence[Path], cards: int) -> StageView:

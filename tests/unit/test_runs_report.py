@@ -303,6 +303,20 @@ def test_staged_report_shows_summary_and_stages(make_run, tmp_path):
     assert checker.resources[:3] == ["#stage-1", "#stage-2", "#stage-3"]
 
 
+def test_several_gains_over_one_start_are_no_chain(tmp_path):
+    summary = {
+        "stages": [{"name": name, "accuracy": 0.5, "ci": [0.4, 0.6]} for name in ("sft", "grpo", "random_vote")],
+        "grpo_minus_sft": {"mean": 0.05, "ci": [0.01, 0.09]},
+        "random_vote_minus_sft": {"mean": -0.02, "ci": [-0.04, 0.0]},
+        "recovered": {"share": 0.78, "ci": [0.5, None]},
+    }
+    texts = check(write_staged_report([], tmp_path / "r.html", title="t", summary=summary, notes=[])).texts
+    for words in ("GRPO minus SFT", "+5.0 points [+1.0, +9.0]", "RANDOM VOTE minus SFT", "78.0 %"):
+        assert words in texts
+    assert not any("→" in words for words in texts)
+    assert "time" not in texts
+
+
 def test_staged_report_names_a_missing_evaluation(tmp_path):
     out = write_staged_report(
         [Stage("sft", None, tmp_path / "digits.json")], tmp_path / "r.html", title="t", summary={}, notes=[]
