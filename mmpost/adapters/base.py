@@ -131,30 +131,30 @@ class MediaAdapter:
         return self._encode_pieces(sample, [self._prompt_piece(sample)])
 
     def encode_prompts(self, samples: Sequence[Sample]) -> list[Encoded]:
-        """``encode_prompt`` of each; sounds and films of the next samples are decoded meanwhile."""
+        """``encode_prompt`` of each; sounds and films of the next samples are decoded meanwhile.
+
+        Raises:
+            MmpostError: As ``encode_prompt``, when the turn of the sample has come.
+        """
         if not any(part.kind in _SLOW for sample in samples for turn in sample.turns for part in turn.parts):
             return [self.encode_prompt(sample) for sample in samples]
         work = [functools.partial(self._decode_ahead, sample) for sample in samples]
         encoded = []
         for sample, media in zip(samples, in_order(work, self.section.decode_processes), strict=True):
-            for key, outcome in media.items():
-                self.prepared.put(key, outcome)
+            for key in media:
+                self.prepared.item(key, functools.partial(media.get, key))
             encoded.append(self.encode_prompt(sample))
         return encoded
 
     def _decode_ahead(self, sample: Sample) -> dict[tuple[str, ...], Any]:
-        """Sounds and films of a sample that are not remembered, or the errors of those that cannot be decoded."""
+        """Sounds and films of a sample that are not remembered."""
         found: dict[tuple[str, ...], Any] = {}
         for part in (part for turn in sample.turns for part in turn.parts):
             if part.kind not in _SLOW or part.ref is None:
                 continue
             key = content_key(part.kind, part.ref)
-            if key in found or key in self.prepared:
-                continue
-            try:
+            if key not in found and key not in self.prepared:
                 found[key] = self._decode_one(part.kind, part.ref, sample.origin)
-            except MmpostError as error:
-                found[key] = error
         return found
 
     def encode_scrambled(self, sample: Sample, random: np.random.Generator) -> Encoded | None:

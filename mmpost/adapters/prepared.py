@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from mmpost.core.errors import MmpostError
 from mmpost.core.sample import Kind
 
 # The step's media, not the run's: whole rows are remembered elsewhere.
@@ -59,15 +58,12 @@ class Prepared:
         self.limit = limit
         self._entries: OrderedDict[tuple[str, ...], _Entry] = OrderedDict()
         self._keys: dict[int, tuple[str, ...]] = {}
-        self._failed: dict[tuple[str, ...], MmpostError] = {}
         self._bytes = 0
 
     def item(self, key: tuple[str, ...], load: Callable[[], Any]) -> Any:
         """The decoded medium of a key; ``load`` decodes it, or raises, in which case nothing is kept."""
         entry = self._entries.get(key)
         if entry is None:
-            if key in self._failed:
-                raise self._failed.pop(key)
             entry = self._entries[key] = _Entry(load())
             self._keys[id(entry.item)] = key
             self._grow(entry, _item_bytes(entry.item))
@@ -76,13 +72,6 @@ class Prepared:
 
     def __contains__(self, key: tuple[str, ...]) -> bool:
         return key in self._entries
-
-    def put(self, key: tuple[str, ...], outcome: Any) -> None:
-        """Remember what was decoded elsewhere; an error is raised to the first who asks for the item."""
-        if isinstance(outcome, MmpostError):
-            self._failed[key] = outcome
-        else:
-            self.item(key, lambda: outcome)
 
     def tensors(self, item: Any, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors of a medium that ``item`` gave; ``make`` makes them. They are shared and must not be changed."""

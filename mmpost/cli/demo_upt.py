@@ -9,6 +9,9 @@ The checkpoint is that of ``mmpost demo`` after three times as many steps (``con
 half a vote amplifies errors, and the 160 steps of ``mmpost demo`` end near 0.34, at chance on two of five kinds of
 questions.
 
+Both runs of UPT train the gains of the last norm alone, GRPO all weights; arXiv 2505.22453 trains all weights in both.
+With all weights wrong majorities spread to other questions here (``docs/upt.md``).
+
 What is compared is the probability of a right answer when one is drawn from the policy at temperature 1, that of the
 training, on held-out questions: it is what all three runs are meant to raise. The majority of many draws of a one-word
 answer is the most likely word, which greedy decoding finds as well; so the vote can bring draws up to the accuracy of

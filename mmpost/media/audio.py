@@ -60,7 +60,7 @@ def load(
     end: float | None = None,
     min_seconds: float = MIN_SECONDS,
 ) -> Audio:
-    """Decode a clip, or the sound track of a video, under a time limit.
+    """Decode a clip, or the sound track of a video, under a time limit; plain WAV is read here, without a decoder.
 
     Args:
         ref: Path, ``file://`` address, data URI, base64 text, or the bytes of an encoded file.
@@ -80,10 +80,11 @@ def load(
     section = section or MediaSection()
     path, blob = resolve(ref, "audio", origin, roots)
     want = wanted(section, start, end, min_seconds)
-    plain = pcm.read(path, blob, Want(**want))
+    asked = Want(**want)
+    plain = pcm.read(path, blob, asked)
     if plain is not None:
         file = MediaFile("audio", shown(ref), origin, path, blob)
-        mixed = sound.finish(file, plain, section.sample_rate, Want(**want), "wav")
+        mixed = sound.finish(file, plain, section.sample_rate, asked, "wav")
         return built(mixed.facts, mixed.samples, tuple(mixed.notes))
     job = {"op": "audio", "path": path, "name": shown(ref), "origin": origin, "want": want}
     heard = limits.run(job, ref=ref, blob=blob, limit_s=section.decode_timeout, backend="soundfile")

@@ -109,6 +109,10 @@ class _Pool:
     """The decode processes of this process."""
 
     def __init__(self) -> None:
+        self.empty()
+
+    def empty(self) -> None:
+        """Know of no process; the lock is new, since a thread that a fork left behind may hold the old one."""
         self.lock = threading.Lock()
         self.idle: list[_Process] = []  # the one that was used last is the last
         self.busy: set[_Process] = set()
@@ -140,7 +144,7 @@ def _forget() -> None:
     for process in (*_pool.idle, *_pool.busy):
         process.peer.close()
         process.child.returncode = 0  # not ours to wait for
-    _pool.__init__()  # type: ignore[misc]
+    _pool.empty()
 
 
 atexit.register(close)

@@ -1,11 +1,18 @@
 """Choosing a mixture of three domains of which two interfere: the suggestion beats uniform weights."""
 
 import json
+import os
+import random
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mmpost.cli.demo_mixture import SOURCES, Plan, demo_mixture
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
@@ -29,6 +36,39 @@ def test_the_suggested_mixture_beats_uniform_and_is_close_to_the_best(tmp_path):
     report = (tmp_path / "demo" / "report.html").read_text()
     assert report.count("<svg") >= 4
     assert all(name in report for name in SOURCES)
+
+
+SHORT = """
+from pathlib import Path
+from mmpost.cli.demo_mixture import Plan, demo_mixture
+words = ("train.max_steps=1", "train.batch_size=4", "eval.limit=10", "data.train.0.limit=30")
+demo_mixture(Plan(Path("{out}"), denominator=2, final_seeds=(1,), final_steps=2, words=words))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_kills_of_the_demo_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    subprocess.run([sys.executable, "-c", SHORT.format(out=whole)], cwd=ROOT, check=True, timeout=1200)
+    chance, lost = random.Random(0), 0
+    for attempt in range(5):
+        command = [sys.executable, "-c", SHORT.format(out=parts)]
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        if attempt == 4:
+            assert process.wait(timeout=1200) == 0
+            break
+        try:
+            process.wait(timeout=chance.uniform(3, 22))
+        except subprocess.TimeoutExpired:
+            # Alone, so that its runs go on without it; or with all of them.
+            (os.kill if attempt % 2 else os.killpg)(process.pid, signal.SIGKILL)
+            lost += process.wait() == -signal.SIGKILL
+    assert lost >= 3
+    for name in ("summary.json", "predictor.json", "design.yaml", "suggestion.yaml"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 @pytest.mark.slow

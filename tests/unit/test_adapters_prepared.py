@@ -10,7 +10,7 @@ from mmpost.config.schema import ModelSection
 from mmpost.core.errors import MmpostError
 from mmpost.media import audio
 from mmpost.models.load import load
-from tests.unit.clips import RATE, wav
+from tests.unit.clips import wav
 from tests.unit.test_adapters_audio import row, rows, soundfile, turn
 
 
@@ -71,17 +71,3 @@ def test_an_error_names_its_row_and_is_told_when_its_turn_comes(adapter):
             adapter.encode_prompt(bad)
         assert str(caught.value) == str(alone.value)
     assert adapter.encode_prompts([good])[0].ids.numel() > 0
-
-
-def test_outcomes_are_kept_for_whoever_asks():
-    kept = Prepared()
-    clip = audio.load(wav(0.3, 1))
-    assert clip.rate == RATE
-    kept.put(("audio", "a"), clip)
-    assert ("audio", "a") in kept
-    assert kept.item(("audio", "a"), pytest.fail) is clip
-    kept.put(("audio", "b"), MmpostError("MMP-D008", "no", "fix"))
-    assert ("audio", "b") not in kept
-    with pytest.raises(MmpostError, match="no"):
-        kept.item(("audio", "b"), pytest.fail)
-    assert kept.item(("audio", "b"), lambda: clip) is clip

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from mmpost.media.backends import promise
 from mmpost.media.backends.sound_rules import MAX_CHANNELS, MAX_RAW_BYTES, Samples, Want
-from mmpost.media.backends.source import HEAD_BYTES
 
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
 # The rest of the sixteen bytes that name a format behind its first two.
 _SUBFORMAT = bytes.fromhex("000000001000800000aa00389b71")
-_STREAMED = (0, 0x7FFFFFFF, 0xFFFFFFFF)
+_HEAD_BYTES = 4096  # what lies further behind is unusual
 _KINDS = {(_PCM, 16): "<i2", (_FLOAT, 32): "<f4"}
 
 
@@ -52,8 +52,7 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def _read(file: Any, size: int, want: Want) -> Samples | None:
-    head = file.read(min(HEAD_BYTES, 4096))
-    plain = _layout(head)
+    plain = _layout(file.read(_HEAD_BYTES))
     if plain is None:
         return None
     kind, channels, rate, begin, promised = plain
@@ -82,16 +81,14 @@ def _layout(head: bytes) -> tuple[str, int, int, int, int] | None:
     """Kind of the samples, channels, rate, first byte and number of bytes of the sound; None if not plain."""
     if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
         return None
-    at, shape = 12, None
-    while at + 8 <= len(head):
-        name, size = head[at : at + 4], int.from_bytes(head[at + 4 : at + 8], "little")
+    shape = None
+    for name, at, size in promise.chunks(head, "<"):
         if not all(32 <= letter < 127 for letter in name):  # libsndfile gives up here too
             return None
         if name == b"fmt " and size >= 16:
-            shape = _shape(head[at + 8 : at + 8 + min(size, 40)])
+            shape = _shape(head[at : at + min(size, 40)])
         if name == b"data":
-            return None if shape is None or size in _STREAMED else (*shape, at + 8, size)
-        at += 8 + size + size % 2
+            return None if shape is None or size in promise.UNKNOWN_32 else (*shape, at, size)
     return None
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
 
 from mmpost.media.backends.source import HEAD_BYTES, MediaFile
 
-_UNKNOWN_32 = (0, 0xFFFFFFFF, 0x7FFFFFFF)  # what encoders write that could not go back to the header
+UNKNOWN_32 = (0, 0xFFFFFFFF, 0x7FFFFFFF)  # what encoders write that could not go back to the header
 _MIRROR = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 _MP3_DELAY = 529  # samples that every decoder of layer III adds in front
 
@@ -25,24 +26,30 @@ def promised_bytes(file: MediaFile) -> tuple[int, int] | None:
         return _chunk(file, head, ">", b"SSND")
     if head[:4] == b".snd" and len(head) >= 12:
         offset, size = struct.unpack(">II", head[4:12])
-        return None if size in _UNKNOWN_32 else (size, max(0, file.size() - offset))
+        return None if size in UNKNOWN_32 else (size, max(0, file.size() - offset))
     return None
 
 
 def _chunk(file: MediaFile, head: bytes, order: str, wanted: bytes) -> tuple[int, int] | None:
     """Promised and present size of one chunk of an IFF file."""
-    at, big = 12, None
+    big = None
+    for name, at, size in chunks(head, order):
+        if name == b"ds64" and at + 16 <= len(head):
+            big = struct.unpack("<Q", head[at + 8 : at + 16])[0]
+        if name == wanted:
+            stated = big if size == 0xFFFFFFFF and big is not None else size
+            streamed = stated in UNKNOWN_32 and (stated != 0 or file.size() > at)
+            return None if streamed else (stated, max(0, file.size() - at))
+    return None
+
+
+def chunks(head: bytes, order: str) -> Iterator[tuple[bytes, int, int]]:
+    """Name, first byte of the content and stated size of the chunks of an IFF file whose header begins in ``head``."""
+    at = 12
     while at + 8 <= len(head):
         name, size = head[at : at + 4], struct.unpack(order + "I", head[at + 4 : at + 8])[0]
-        if name == b"ds64" and at + 24 <= len(head):
-            big = struct.unpack("<Q", head[at + 16 : at + 24])[0]
-        if name == wanted:
-            if size == 0xFFFFFFFF and big is not None:
-                size = big
-            streamed = size in _UNKNOWN_32 and (size != 0 or file.size() > at + 8)
-            return None if streamed else (size, max(0, file.size() - at - 8))
+        yield name, at + 8, size
         at += 8 + size + size % 2
-    return None
 
 
 def mp3_samples(file: MediaFile) -> int | None:
