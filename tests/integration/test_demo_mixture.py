@@ -67,7 +67,13 @@ def test_kills_of_the_demo_change_nothing(tmp_path, monkeypatch):
             (os.kill if attempt % 2 else os.killpg)(process.pid, signal.SIGKILL)
             lost += process.wait() == -signal.SIGKILL
     assert lost >= 3
-    for name in ("summary.json", "predictor.json", "design.yaml", "suggestion.yaml"):
+    for name in ("summary.json", "predictor.json", "design.yaml", "suggestion.yaml", "proxies/results.jsonl"):
+        # The predictor notes where the runs started from.
+        assert (parts / name).read_bytes().replace(b"/parts/", b"/whole/") == (whole / name).read_bytes(), name
+    # So short a training scores 0 everywhere; what the models wrote tells them apart.
+    answers = sorted(file.relative_to(whole) for file in whole.glob("*/runs/*/eval/*.samples.jsonl"))
+    assert len(answers) >= 9 * 3
+    for name in answers:
         assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
 
 
